@@ -1,0 +1,1 @@
+../../tautomer/__init__.py

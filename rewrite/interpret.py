@@ -1,0 +1,185 @@
+"""Run a program's graph node by node, promoted to a dtype, forgetting every value after its last reader.
+
+``model.double()`` is no float64 oracle: casts to float32 that the model hard-codes stay, and some models crash. The
+oracle is the *captured graph promoted*: every floating dtype among the arguments becomes float64, every weight is
+evaluated from float64 leaves, every floating input is cast. Weights are promoted when they are read and freed after
+their last reader, so a float64 run of a float32 model needs the memory of its largest layer, not of a second model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .program import Program
+
+Observer = Callable[[fx.Node, Any], None]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def interpret(
+    program: Program,
+    inputs: Sequence[Any],
+    *,
+    dtype: torch.dtype | None = None,
+    weight: Callable[[str], Tensor] | None = None,
+    observe: Observer | None = None,
+) -> tuple[Any, ...]:
+    """The flat outputs of ``program`` on flat ``inputs``.
+
+    Args:
+        dtype: promote the whole computation to this dtype; None runs it as captured.
+        weight: gives the tensor of a weight by name; by default the table's value (in ``dtype``).
+        observe: is called with every node and its value, in order.
+
+    Buffers and inputs that the graph writes are copies: neither the user's model nor ``inputs`` change.
+    """
+    run = Interpretation(program, dtype, weight)
+    return run.all(inputs, observe)
+
+
+class Interpretation:
+    """One run of a graph, step by step."""
+
+    def __init__(self, program: Program, dtype: torch.dtype | None, weight: Callable[[str], Tensor] | None) -> None:
+        self.program = program
+        self.dtype = dtype
+        self.weight = weight or (lambda name: program.weights.value(name, dtype))
+        self.written = written(program.graph)
+        self.values: dict[fx.Node, Any] = {}
+
+    def all(self, inputs: Sequence[Any], observe: Observer | None = None) -> tuple[Any, ...]:
+        last = last_readers(self.program.graph)
+        feed = iter(inputs)
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                result = fx.node.map_arg(node.args[0], self.values.__getitem__)
+                return tuple(result)
+            value = self.input(node, next(feed)) if node.op == "placeholder" else self.step(node)
+            self.values[node] = value
+            if observe is not None:
+                observe(node, value)
+            for dead in last.get(node, ()):
+                self.values.pop(dead, None)
+        return ()
+
+    def input(self, node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        promoted = self.promote(value)
+        return promoted.clone() if node in self.written and promoted is value else promoted
+
+    def step(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self.attribute(node)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            return None
+        args = fx.node.map_aggregate(fx.node.map_arg(node.args, self.values.__getitem__), self.promote)
+        kwargs = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, self.values.__getitem__), self.promote)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)  # type: ignore[misc]
+
+    def attribute(self, node: fx.Node) -> Any:
+        name = str(node.target)
+        if name in self.program.weights:
+            value = self.weight(name)
+            return value.clone() if node in self.written else value
+        if name in self.program.regions:
+            region = self.program.regions[name]
+            return region if self.dtype is None else promoted_region(region, self.dtype)
+        return self.program.training[name.removesuffix("training").removesuffix(".")]
+
+    def promote(self, x: Any) -> Any:
+        if self.dtype is None:
+            return x
+        if isinstance(x, Tensor):
+            return x.to(self.dtype) if x.is_floating_point() else x
+        return self.dtype if isinstance(x, torch.dtype) and x in _FLOATS else x
+
+
+def promoted_region(region: fx.GraphModule, dtype: torch.dtype) -> Callable[..., Any]:
+    """The body of a higher-order op with its floating dtypes replaced."""
+
+    class Promoting(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            change = lambda x: dtype if isinstance(x, torch.dtype) and x in _FLOATS else x  # noqa: E731
+            return super().call_function(target, fx.node.map_aggregate(args, change), fx.node.map_aggregate(kwargs, change))
+
+    return lambda *args: Promoting(region).run(*args)
+
+
+def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the operands that nobody reads after it (and itself, if nobody reads it at all)."""
+    seen: set[fx.Node] = set()
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for operand in (node, *node.all_input_nodes):
+            if operand not in seen:
+                seen.add(operand)
+                dead.setdefault(node, []).append(operand)
+    return dead
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory a call writes, by its schema; a batch norm in training writes its statistics."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if node.target is torch.ops.aten.batch_norm.default:
+        statistics = node.args[3:5]
+        training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)
+        return [x for x in statistics if isinstance(x, fx.Node)] if training is not False else []
+    written = []
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        operand = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        written.extend([operand] if isinstance(operand, fx.Node) else [x for x in operand or () if isinstance(x, fx.Node)])  # type: ignore[union-attr]
+    return written
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs and weights whose memory some node writes, directly or through a view."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        for operand in writes(node):
+            found.update(roots(operand))
+    return found
+
+
+def roots(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory ``node`` may share: itself, and what it is a view of."""
+    found, stack = {node}, [node]
+    while stack:
+        for source in may_alias(stack.pop()):
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+_MAY_ALIAS = {"reshape", "contiguous", "to", "dropout", "flatten", "clone_if_needed", "feature_dropout", "alpha_dropout"}
+
+
+def may_alias(node: fx.Node) -> list[fx.Node]:
+    """The operands whose memory the result of ``node`` may share: by schema, and ops that return a view when they can."""
+    if node.op != "call_function":
+        return []
+    if node.target is operator.getitem:
+        return node.all_input_nodes[:1]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes
+    schema = node.target._schema
+    if schema.name.split("::")[1] in _MAY_ALIAS:
+        return node.all_input_nodes[:1]
+    if not any(result.alias_info is not None for result in schema.returns):
+        return []
+    shared = []
+    for index, argument in enumerate(schema.arguments):
+        operand = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None and isinstance(operand, fx.Node):
+            shared.append(operand)
+    return shared

@@ -1,0 +1,141 @@
+"""A pass: one rewrite of a whole program, with a name, a claim and a source. What it did and declined goes to the log.
+
+Every rewrite is a pass. A ``Rule`` (rules.py) is the local kind, written as two sides of an equation; a rewrite that
+must see the whole graph (residual streams, budgets) derives from ``Pass`` directly: it computes its facts once, plans,
+then applies.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from .claims import Claim
+from .program import Program, path_of, source_of
+
+Phase = Literal["canonical", "raise", "rewrite", "choose", "cleanup"]
+Purpose = Literal["speed", "memory", "size", "form"]
+"""What a rewrite is for. Only "speed" asks the target whether it pays; "form" rewrites enable others or tidy up."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """One place where a rewrite fired.
+
+    Attributes:
+        rewrite: the pass's name.
+        id: ``name@place``; what ``skip=`` takes.
+        source: the user's source line, if known.
+        note: what is worth saying about this application, or "".
+        error: the worst relative error measured in float64 on the rewritten region, None if it was not checked alone.
+    """
+
+    rewrite: str
+    id: str
+    source: str | None = None
+    note: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One place where a rewrite declined, with the sentence that says why.
+
+    Attributes: as of ``Application``; ``reason`` is the sentence.
+    """
+
+    rewrite: str
+    id: str
+    reason: str
+    source: str | None = None
+
+
+@dataclass
+class Log:
+    """What happened, in order."""
+
+    applications: list[Application] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """What a pass runs under: the log it writes, and which applications the user admits.
+
+    Attributes:
+        log: receives every application and every refusal.
+        check: hold every application to its claim on its region.
+        only: if not empty, only applications whose id or module path is listed (a prefix counts) fire.
+        skip: applications whose id or module path is listed (a prefix counts) do not fire.
+        fuel: how many more applications may fire in all; None is no limit. For bisection.
+    """
+
+    log: Log = field(default_factory=Log)
+    check: bool = True
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    fuel: int | None = None
+
+    def admits(self, rewrite: Pass, node: fx.Node) -> bool:
+        """Whether the user lets ``rewrite`` fire at ``node``. Spends no fuel."""
+        if self.fuel is not None and self.fuel <= 0:
+            return False
+        if self.only and not any(_selects(entry, rewrite, node) for entry in self.only):
+            return False
+        return not any(_selects(entry, rewrite, node) for entry in self.skip)
+
+    def applied(self, rewrite: Pass, node: fx.Node, note: str = "", error: float | None = None) -> None:
+        """Record an application at ``node`` and spend its fuel."""
+        if self.fuel is not None:
+            self.fuel -= 1
+        self.log.applications.append(Application(rewrite.name, identify(rewrite, node), source_of(node), note, error))
+
+    def refused(self, rewrite: Pass, node: fx.Node, reason: str) -> None:
+        """Record a refusal at ``node``; the same refusal is recorded once."""
+        refusal = Refusal(rewrite.name, identify(rewrite, node), reason, source_of(node))
+        if refusal not in self.log.refusals:
+            self.log.refusals.append(refusal)
+
+
+class Pass(ABC):
+    """A rewrite of a whole program.
+
+    Class attributes:
+        name: kebab-case of the class name; set automatically.
+        claim: what it promises.
+        paper: where it comes from ("" for folklore).
+        phase: when it runs in a recipe.
+        purpose: what it is for.
+    """
+
+    name: ClassVar[str]
+    claim: ClassVar[Claim]
+    paper: ClassVar[str] = ""
+    phase: ClassVar[Phase] = "rewrite"
+    purpose: ClassVar[Purpose] = "form"
+
+    def __init_subclass__(cls) -> None:
+        cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> None:
+        """Rewrite ``program`` in place, recording applications and refusals in ``context``."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def identify(rewrite: Pass, node: fx.Node) -> str:
+    """The id of an application: ``fold-norm-shift@transformer.h.0.attn/linear_3``."""
+    path = path_of(node)
+    return f"{rewrite.name}@{path}/{node.name}" if path else f"{rewrite.name}@{node.name}"
+
+
+def _selects(entry: str, rewrite: Pass, node: fx.Node) -> bool:
+    """Whether a user's ``skip=`` or ``only=`` entry names this application: by pass, by id, or by module path."""
+    path = path_of(node)
+    return entry in (rewrite.name, identify(rewrite, node)) or path == entry or path.startswith(entry + ".")

@@ -1,0 +1,181 @@
+"""A program: an fx graph, its weights, and how it is called.
+
+The fx graph is the only structure. Its inputs are the flat leaves of the call and its output is a flat tuple; the
+signature binds and rebuilds. Weights are ``get_attr`` nodes whose target is a name of the weight table, not an
+attribute of a module, so that an edit costs nothing until the program is emitted.
+
+Ownership: the original's weights are never written. Weights that no rewrite touched are shared with the user's model;
+an edited weight is a new tensor; a buffer that the graph writes is copied when the program is emitted.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import networkx
+import torch
+from torch import Tensor, fx
+
+from ._torch import FakeTensorMode, fake_mode_of
+from .shapes import show
+from .signature import Signature
+from .weights import Expression, Weights, expression_of
+
+Mode = Literal["eval", "train", "both"]
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    Attributes:
+        graph: placeholders (one per flat input leaf), ``get_attr`` weights, calls, one flat output tuple.
+        weights: the table behind the ``get_attr`` nodes.
+        signature: binds a call to the placeholders and rebuilds the output.
+        example: the flat example inputs the program was captured with.
+        mode: "eval" or "train" if it computes only that mode, "both" if it reads ``<module>.training`` flags.
+        training: the current value of every ``<module>.training`` flag the graph reads, by module path.
+        regions: bodies of higher-order ops, by the name their ``get_attr`` node reads.
+        name: the user's class.
+        notes: what the capture had to do, one sentence each; they head the report.
+    """
+
+    graph: fx.Graph
+    weights: Weights
+    signature: Signature
+    example: tuple[Any, ...]
+    mode: Mode = "eval"
+    training: dict[str, bool] = field(default_factory=dict)
+    regions: dict[str, fx.GraphModule] = field(default_factory=dict)
+    name: str = "model"
+    notes: list[str] = field(default_factory=list)
+
+    def copy(self) -> Program:
+        """An independent graph and table over the same leaves; node names are kept."""
+        graph = fx.Graph()
+        mapped: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            mapped[node] = graph.node_copy(node, mapped.__getitem__)
+            mapped[node].meta = dict(node.meta)
+        return Program(graph, self.weights.copy(), self.signature, self.example, self.mode, dict(self.training),
+                       dict(self.regions), self.name, list(self.notes))
+
+    def restore(self, snapshot: Program) -> None:
+        """Become ``snapshot`` (which must not be used afterwards): how a pass is rolled back."""
+        self.graph, self.weights = snapshot.graph, snapshot.weights
+        self.training, self.regions, self.notes = snapshot.training, snapshot.regions, snapshot.notes
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.graph.find_nodes(op="placeholder")
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def fake_mode(self) -> FakeTensorMode | None:
+        return fake_mode_of(self.graph)
+
+    def expression(self, node: Any) -> Expression | None:
+        """``node`` as an expression over the leaves, if it reads weights alone."""
+        return expression_of(node, self.weights)
+
+    def readers(self, name: str) -> list[fx.Node]:
+        """The nodes that read the storage of a weight, under any of its names."""
+        names = set(self.weights.aliases(name))
+        return [user for node in self.graph.find_nodes(op="get_attr") if node.target in names for user in node.users]
+
+    def count(self, target: Callable[..., Any]) -> int:
+        """How many calls of ``target`` the graph has.
+
+        Example: ``program.count(torch.ops.aten.layer_norm.default)``
+        """
+        return len(self.graph.find_nodes(op="call_function", target=target))
+
+    def __str__(self) -> str:
+        return "\n".join(line(node) for node in self.graph.nodes if node.op != "get_attr")
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The dataflow as a networkx graph: one vertex per node name, one edge per operand.
+
+        Vertex attributes: ``op``, ``target`` (text), ``path`` (module path), ``shape`` (text or None). For questions
+        of graph theory that need no speed; the engine itself never copies the graph.
+
+        Example: ``networkx.dag_longest_path_length(program.to_networkx())``
+        """
+        digraph = networkx.DiGraph()
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            shape = show(value.shape) if isinstance(value, Tensor) else None
+            digraph.add_node(node.name, op=node.op, target=target_name(node), path=path_of(node), shape=shape)
+            digraph.add_edges_from((operand.name, node.name) for operand in node.all_input_nodes)
+        return digraph
+
+
+# -- provenance -----------------------------------------------------------------------------------------------
+
+
+def path_of(node: fx.Node) -> str:
+    """The module path that ran the node, ``transformer.h.3.mlp``; empty at the root."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+def source_of(node: fx.Node) -> str | None:
+    """The user's source line of a node as ``file:line: code``, if the capture recorded one."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return None
+    file, line_number, _, code = frames[-1]
+    return f"{file}:{line_number}: {code.strip()}"
+
+
+def place(node: fx.Node) -> str:
+    """Where a node is, for a sentence: its module path or, at the root, its name."""
+    return path_of(node) or node.name
+
+
+def target_name(node: fx.Node) -> str:
+    """``aten.layer_norm`` for a call, the dotted name for a weight, the name for an input."""
+    if node.op != "call_function":
+        return str(node.target)
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    return str(getattr(target, "__name__", target))
+
+
+def line(node: fx.Node) -> str:
+    """One line of a graph for a person."""
+    value = node.meta.get("val")
+    shape = f"  {show(value.shape)} {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else ""
+    if node.op in ("placeholder", "get_attr"):
+        return f"{node.name} = {node.op} {node.target}{shape}"
+    arguments = [str(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items()]
+    return f"{node.name} = {target_name(node)}({', '.join(arguments)}){shape}"
+
+
+def inherit(node: fx.Node, origin: fx.Node) -> None:
+    """Give a new node the provenance of the node it stands for."""
+    for entry in ("nn_module_stack", "stack_trace"):
+        if entry in origin.meta:
+            node.meta[entry] = origin.meta[entry]
+
+
+def tensors(node: fx.Node) -> Iterator[Tensor]:
+    """The fake tensors a node produces."""
+    value = node.meta.get("val")
+    for leaf in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
