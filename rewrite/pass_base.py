@@ -54,12 +54,23 @@ class Refusal:
     source: str | None = None
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something a user should know that is neither an application nor a refusal. Attributes as of ``Application``."""
+
+    rewrite: str
+    id: str
+    text: str
+    source: str | None = None
+
+
 @dataclass
 class Log:
     """What happened, in order."""
 
     applications: list[Application] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
 
 @dataclass
@@ -99,6 +110,10 @@ class Context:
         refusal = Refusal(rewrite.name, identify(rewrite, node), reason, source_of(node))
         if refusal not in self.log.refusals:
             self.log.refusals.append(refusal)
+
+    def noted(self, rewrite: Pass, node: fx.Node, text: str) -> None:
+        """Record what a user should know about ``node``."""
+        self.log.notes.append(Note(rewrite.name, identify(rewrite, node), text, source_of(node)))
 
 
 class Pass(ABC):

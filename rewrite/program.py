@@ -69,6 +69,18 @@ class Program:
         self.graph, self.weights = snapshot.graph, snapshot.weights
         self.training, self.regions, self.notes = snapshot.training, snapshot.regions, snapshot.notes
 
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let ``new`` stand for ``old``: readers, provenance and relations pass to it, and ``old`` is erased.
+
+        ``new.meta["origin"]`` names the captured node it stands for, so that verification can pair the two.
+        """
+        new.meta["origin"] = old.meta.get("origin", old.name)
+        if "relation" in old.meta:
+            new.meta["relation"] = old.meta["relation"]
+        inherit(new, old)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
     # -- reading ----------------------------------------------------------------------------------------------
 
     @property
