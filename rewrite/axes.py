@@ -250,7 +250,8 @@ def _t(axes: Axes, node: fx.Node, axis: int) -> Carriers:
 
 
 def _unsqueeze(axes: Axes, node: fx.Node, axis: int) -> Carriers:
-    new = node.args[1] % rank(node)  # type: ignore[operator]
+    given: Any = node.args[1]
+    new = given % rank(node)
     return None if axis == new else (Value(node.args[0], axis - (axis > new)),)  # type: ignore[arg-type]
 
 
@@ -274,7 +275,8 @@ def _along_another(position: int, default: int = 0) -> Rule:
 
 
 def _select(axes: Axes, node: fx.Node, axis: int) -> Carriers:
-    removed = node.args[1] % rank(node.args[0])  # type: ignore[operator]
+    given: Any = node.args[1]
+    removed = given % rank(node.args[0])
     return (Value(node.args[0], axis + (axis >= removed)),)  # type: ignore[arg-type]
 
 
@@ -297,7 +299,8 @@ def _cat(axes: Axes, node: fx.Node, axis: int) -> Carriers:
 
 def _stack(axes: Axes, node: fx.Node, axis: int) -> Carriers:
     parts: Any = node.args[0]
-    new = (node.args[1] if len(node.args) > 1 else 0) % rank(node)  # type: ignore[operator]
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    new = given % rank(node)
     return None if new == axis else tuple(Value(part, axis - (axis > new)) for part in parts)
 
 
@@ -347,7 +350,7 @@ def _pad(axes: Axes, node: fx.Node, axis: int) -> Carriers:
 # -- products: their weights carry the axis --------------------------------------------------------------------
 
 
-def _operands(*found: tuple[Any, int]) -> Carriers:
+def _operands(*found: tuple[Any, Any]) -> Carriers:
     return tuple(Value(node, axis) for node, axis in found if isinstance(node, fx.Node))
 
 

@@ -1,0 +1,81 @@
+"""What was measured when a claim was checked, and the one table of tolerances.
+
+Errors are relative in the maximum norm: max|a - b| / max|b|. The table is never loosened to make something pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORWARD = 1e-12
+"""Equality over the reals, measured in float64: the order of summation moves, nothing else."""
+
+GRADIENT = 1e-10
+"""The same for gradients, which sum over every position."""
+
+ROUNDING = 64
+"""In the user's own dtype a rewritten program may err twice as much as the original did, plus this many roundings."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What verification found.
+
+    Attributes:
+        forward: worst relative error of an output in float64.
+        gradient: worst relative error of a gradient in float64; None if the claim does not speak of gradients.
+        gradients: how many gradients (of weights and inputs) were compared.
+        original: error of the original in its own dtype against the float64 oracle.
+        rewritten: error of the rewritten program in that dtype against the same oracle.
+        sizes: the input sizes checked.
+        relations: how many values inside the graph were held to a stated relation (a centred stream has zero mean).
+        notes: what was not checked, and why.
+    """
+
+    forward: float
+    gradient: float | None = None
+    gradients: int = 0
+    original: float | None = None
+    rewritten: float | None = None
+    sizes: tuple[str, ...] = ()
+    relations: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"float64 error {self.forward:.1e}"]
+        if self.gradient is not None:
+            parts.append(f"gradients {self.gradient:.1e} ({self.gradients})")
+        if self.rewritten is not None and self.original is not None:
+            parts.append(f"own dtype {self.rewritten:.1e} (the original: {self.original:.1e})")
+        return ", ".join(parts)
+
+
+def relative_error(value: object, reference: object) -> float:
+    """max|value - reference| / max|reference|; infinite where they are not even comparable.
+
+    Both NaN or both the same infinity in one place agree there. Integers, booleans and non-tensors agree or do not.
+
+    Example:
+        >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
+        0.5
+    """
+    if not isinstance(value, Tensor) or not isinstance(reference, Tensor):
+        return 0.0 if type(value) is type(reference) and value == reference else float("inf")
+    if value.shape != reference.shape:
+        return float("inf")
+    if not reference.is_floating_point() and not reference.is_complex():
+        return 0.0 if torch.equal(value, reference) else float("inf")
+    if reference.numel() == 0:
+        return 0.0
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    a, b = value.detach().to(wide), reference.detach().to(wide)
+    settled = (a == b) | (a.isnan() & b.isnan())
+    if bool(settled.all()):
+        return 0.0
+    finite = torch.where(b.isfinite(), b.abs(), 0.0).max()
+    difference = torch.where(settled, 0.0, (a - b).abs()).max()
+    error = float(difference / finite) if finite > 0 else float(difference)
+    return error if error == error else float("inf")

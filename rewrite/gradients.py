@@ -1,0 +1,253 @@
+"""Compare the gradients of two programs block by block, through the weight map.
+
+    d<r, f(x; W)>/d(x, W)  =  d<r, f'(x; w(W))>/d(x, W)        r random, one block of the model at a time
+
+Gradients compose: if every block's vector-Jacobian products agree, under the relations stated at its borders, the
+model's do. A block is what the user wrote as one: a repeated module (``h.3``), or what stands before and after. Its
+inputs are the values recorded in the float64 run of the original, and again those scaled down so that eps dominates.
+Blocks of one structure are differentiated once; every block's forward was already checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._torch import storage_key
+from .evidence import relative_error
+from .interpret import Interpretation, written
+from .program import Program, path_of, target_name
+from .relations import related
+from .shapes import key
+from .weights import Expression, evaluate, leaves
+
+_LARGE = 4_000_000
+"""A weight with more entries that no rewrite edited is held constant: its reader is the same node on both sides."""
+
+
+@dataclass
+class Block:
+    """A run of nodes of one program, by name of the path that owns it."""
+
+    path: str
+    nodes: list[fx.Node]
+
+
+def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> tuple[float, int, list[str]]:
+    """The worst relative gradient error, how many gradients were compared, and what could not be.
+
+    Args:
+        values: the float64 value of every node of ``old``, by name.
+    """
+    pairs = _pair_blocks(old, new)
+    worst, count, notes = 0.0, 0, list[str]()
+    seen: set[object] = set()
+    for ours, theirs in pairs:
+        signature = (_structure(ours), _structure(theirs))
+        if signature in seen or _same(old, new, ours, theirs):
+            continue
+        seen.add(signature)
+        try:
+            error, compared = _compare_block(old, new, ours, theirs, values)
+        except _CannotPairError as reason:
+            notes.append(f"gradients of block '{ours.path or 'root'}' were not compared: {reason}")
+            continue
+        worst, count = max(worst, error), count + compared
+    return worst, count, notes
+
+
+class _CannotPairError(Exception):
+    """A block of the new program reads a value that the old one does not have."""
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------
+
+_REPEATED = re.compile(r"^(.*?\.)?\d+(?=\.|$)")
+
+
+def _block_of(node: fx.Node) -> str:
+    """The outermost numbered module a node belongs to; "" at the root."""
+    found = _REPEATED.match(path_of(node))
+    return found.group(0) if found else ""
+
+
+def _blocks(program: Program) -> list[Block]:
+    """The calls of a program cut where the owning block changes; weights and inputs belong to their readers."""
+    blocks: list[Block] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        path = _block_of(node)
+        if not blocks or blocks[-1].path != path:
+            blocks.append(Block(path, []))
+        blocks[-1].nodes.append(node)
+    return blocks
+
+
+def _pair_blocks(old: Program, new: Program) -> list[tuple[Block, Block]]:
+    """Cut the new program where the old one is cut: at the nodes that stand for the first nodes of its blocks.
+
+    New nodes come before the node they were built for, so a node without an origin belongs to the next one that has.
+    """
+    ours = _blocks(old)
+    home = {node.name: index for index, block in enumerate(ours) for node in block.nodes}
+    assigned: list[list[fx.Node]] = [[] for _ in ours]
+    waiting: list[fx.Node] = []
+    latest = 0
+    for node in new.graph.nodes:
+        if node.op != "call_function":
+            continue
+        waiting.append(node)
+        index = home.get(node.meta.get("origin", node.name))
+        if index is None:
+            continue
+        if index < latest:  # code moved across a border: there is no cut to compare at
+            whole = Block("", [n for block in ours for n in block.nodes])
+            return [(whole, Block("", [n for n in new.graph.nodes if n.op == "call_function"]))]
+        latest = index
+        assigned[index].extend(waiting)
+        waiting = []
+    if ours:
+        assigned[latest].extend(waiting)
+    return [(block, Block(block.path, nodes)) for block, nodes in zip(ours, assigned, strict=True)]
+
+
+def _structure(block: Block) -> object:
+    """What two blocks must share to have the same derivative rule: ops, constants and the types of their operands."""
+    position: dict[fx.Node, int] = {}
+
+    def shown(x: Any) -> object:
+        if isinstance(x, fx.Node):
+            value = x.meta.get("val")
+            kind = (tuple(map(key, value.shape)), value.dtype, value.requires_grad) if isinstance(value, Tensor) else None
+            return (position.setdefault(x, len(position)), x.op == "get_attr", kind, str(x.meta.get("relation", "")))
+        if isinstance(x, (list, tuple)):
+            return tuple(map(shown, x))
+        return str(x)
+
+    return tuple((target_name(n), shown(n.args), shown(tuple(n.kwargs.items())), shown(n)) for n in block.nodes)
+
+
+def _same(old: Program, new: Program, ours: Block, theirs: Block) -> bool:
+    """Whether nothing in a block was rewritten: same nodes, same weights, no relation."""
+    if [n.name for n in ours.nodes] != [n.name for n in theirs.nodes] or _structure(ours) != _structure(theirs):
+        return False
+    return _expressions(old, ours) == _expressions(new, theirs)
+
+
+def _expressions(program: Program, block: Block) -> list[Expression]:
+    """The weights a block reads, in order."""
+    read = (x for n in block.nodes for x in n.all_input_nodes if x.op == "get_attr" and x.target in program.weights)
+    return [program.weights[str(x.target)].expression for x in read]
+
+
+# -- one block -------------------------------------------------------------------------------------------------
+
+
+def _compare_block(old: Program, new: Program, ours: Block, theirs: Block, values: Mapping[str, Any]) -> tuple[float, int]:
+    borders = _inputs(ours) + [n for n in _inputs(theirs) if _origin(n) not in {_origin(m) for m in _inputs(ours)}]
+    missing = [n.name for n in borders if _origin(n) not in values]
+    if missing:
+        raise _CannotPairError(f"{missing[0]} has no counterpart in the original")
+    outputs = _shared_outputs(old, ours, theirs)
+    worst, count = 0.0, 0
+    for scale in (1.0, 1e-4):
+        inputs = {_origin(n): _scaled(values[_origin(n)], scale) for n in borders}
+        leaf = _Leaves(old, _edited(new, theirs))
+        ours_out = _run(old, ours, inputs, leaf, relate=False)
+        theirs_out = _run(new, theirs, inputs, leaf, relate=True)
+        pairs = [(related(b, ours_out[a]), theirs_out[b]) for a, b in outputs]
+        floats = (x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad)
+        wanted = [*floats, *leaf.given.values()]
+        mine, other = (_pull_back([pair[side] for pair in pairs], wanted) for side in (0, 1))
+        floor = max((float(g.abs().max()) for g in mine if g is not None and g.numel()), default=0.0) * 1e-6
+        for a, b, x in zip(mine, other, wanted, strict=True):
+            a, b = (torch.zeros_like(x) if g is None else g for g in (a, b))
+            error = float((a - b).abs().max()) / max(float(a.abs().max()), floor) if floor > 0 else relative_error(b, a)
+            worst, count = max(worst, error), count + 1
+    return worst, count
+
+
+def _scaled(value: Any, scale: float) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return (value.detach() * scale).requires_grad_()
+
+
+def _origin(node: fx.Node) -> str:
+    return str(node.meta.get("origin", node.name))
+
+
+def _inputs(block: Block) -> list[fx.Node]:
+    """The values a block reads from outside; weights are no border."""
+    inside = set(block.nodes)
+    found = {x: None for n in block.nodes for x in n.all_input_nodes if x not in inside and x.op != "get_attr"}
+    return list(found)
+
+
+def _shared_outputs(old: Program, ours: Block, theirs: Block) -> list[tuple[fx.Node, fx.Node]]:
+    """The floating values that leave the block on both sides, paired."""
+    inside = set(ours.nodes)
+    leaving = {n.name: n for n in ours.nodes if any(user not in inside for user in n.users)}
+    pairs = [(leaving[_origin(n)], n) for n in theirs.nodes if _origin(n) in leaving]
+    return [(a, b) for a, b in pairs if isinstance(a.meta.get("val"), Tensor) and a.meta["val"].is_floating_point()]
+
+
+def _edited(program: Program, block: Block) -> set[str]:
+    """The leaves that reach a block through an edit."""
+    names = {str(x.target) for n in block.nodes for x in n.all_input_nodes if x.op == "get_attr" and x.target in program.weights}
+    return {leaf for name in names if program.weights[name].edited for leaf in leaves(program.weights[name].expression)}
+
+
+class _Leaves:
+    """Float64 leaves that require gradients, one per storage, shared by both sides."""
+
+    def __init__(self, program: Program, edited: set[str]) -> None:
+        self.program, self.edited = program, edited
+        self.given: dict[object, Tensor] = {}
+        self._constant: dict[object, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        tensor = self.program.weights.leaves[name]
+        if not tensor.is_floating_point():
+            return tensor
+        identity = (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        large = tensor.numel() > _LARGE and name not in self.edited
+        held = self._constant if large else self.given
+        if identity not in held:
+            held[identity] = tensor.detach().to(torch.float64).requires_grad_(not large)
+        return held[identity]
+
+
+def _run(program: Program, block: Block, inputs: Mapping[str, Any], leaf: Callable[[str], Tensor], *, relate: bool) -> dict[fx.Node, Any]:
+    """The values of a block's nodes; the new side's inputs stand in their stated relation to the old side's."""
+    run = Interpretation(program, torch.float64, lambda name: evaluate(program.weights[name].expression, leaf), noise=False)
+    run.written = written(program.graph)
+    for node in _inputs(block):
+        value = inputs[_origin(node)]
+        run.values[node] = related(node, value) if relate and isinstance(value, Tensor) else value
+    for node in block.nodes:
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr" and operand not in run.values:
+                run.values[operand] = run.step(operand)
+        run.values[node] = run.step(node)
+    return run.values
+
+
+def _pull_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Vector-Jacobian products with fixed random cotangents."""
+    generator = torch.Generator().manual_seed(0)
+    live, cotangents = [], []
+    for output in outputs:
+        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+        if output.requires_grad:
+            live.append(output)
+            cotangents.append(cotangent)
+    if not live or not inputs:
+        return [None] * len(inputs)
+    return torch.autograd.grad(live, inputs, cotangents, allow_unused=True)

@@ -1,0 +1,96 @@
+"""Inputs to verify on: the example's own values, at other sizes.
+
+Sizes that are symbols are shrunk (a float64 run should be cheap) and varied: batch 1 and an odd length are where
+specialised graphs lie. Integers keep to the example's values (an index out of range is not a counterexample), masks of
+zeros and ones keep their pattern, floats keep mean and spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .program import Program
+
+_BATCH, _LENGTH = 2, 16
+_ODD = 7
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Flat inputs and what is special about them."""
+
+    inputs: tuple[Any, ...]
+    sizes: str
+
+
+def samples(program: Program, *, seed: int = 0) -> Iterator[Sample]:
+    """The example at small sizes; then, where sizes are symbols, batch 1 with an odd length and fresh values.
+
+    A program without symbolic sizes yields its example alone.
+    """
+    symbols = _symbols(program)
+    generator = torch.Generator().manual_seed(seed)
+    small = {symbol: min(hint, _BATCH if batch else _LENGTH) for symbol, (hint, batch) in symbols.items()}
+    yield _sized(program, small, None)
+    if symbols:
+        # Equal sizes of the example may be different symbols (ids and their mask): equal hints get equal sizes.
+        odd = {symbol: 1 if batch else min(hint, _ODD) if hint != _ODD else _ODD - 2 for symbol, (hint, batch) in symbols.items()}
+        yield _sized(program, odd, generator)
+
+
+def _symbols(program: Program) -> dict[Any, tuple[int, bool]]:
+    """Every free symbol of the inputs: its size in the example, and whether it is some leading dim (a batch)."""
+    found: dict[Any, tuple[int, bool]] = {}
+    for node, value in zip(program.placeholders, program.example, strict=True):
+        for axis, symbol in symbolic_dims(node):
+            found.setdefault(symbol, (int(value.shape[axis]), axis == 0))
+    return found
+
+
+def symbolic_dims(node: fx.Node) -> list[tuple[int, Any]]:
+    """The dims of an input whose size is a plain symbol."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return []
+    sizes: list[tuple[int, Any]] = [(axis, size) for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+    return [(axis, size.node.expr) for axis, size in sizes if size.node.expr.is_Symbol]
+
+
+def _sized(program: Program, sizes: dict[Any, int], generator: torch.Generator | None) -> Sample:
+    inputs = []
+    for node, value in zip(program.placeholders, program.example, strict=True):
+        if not isinstance(value, Tensor):
+            inputs.append(value)
+            continue
+        resized = value.detach()
+        for axis, symbol in symbolic_dims(node):
+            resized = resize(resized, axis, sizes[symbol])
+        inputs.append(refresh(resized, generator) if generator is not None else resized.clone())
+    return Sample(tuple(inputs), _show(program, inputs))
+
+
+def resize(value: Tensor, axis: int, size: int) -> Tensor:
+    """``value`` with ``size`` entries along ``axis``: its first ones, repeated if there are too few."""
+    index = torch.arange(size, device=value.device) % value.shape[axis]
+    return value.index_select(axis, index)
+
+
+def refresh(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Other values of the same kind: floats by mean and spread, integers from the values at hand, masks as they are."""
+    if value.is_floating_point():
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        return noise * value.std() + value.mean() if value.numel() > 1 else value.clone()
+    if value.dtype is torch.bool or value.numel() == 0 or (0 <= int(value.min()) and int(value.max()) <= 1):
+        return value.clone()
+    index = torch.randint(value.numel(), value.shape, generator=generator).to(value.device)
+    return value.flatten()[index]
+
+
+def _show(program: Program, inputs: Sequence[Any]) -> str:
+    shapes = (f"{node.target}{list(x.shape)}" for node, x in zip(program.placeholders, inputs, strict=True) if isinstance(x, Tensor))
+    return ", ".join(shapes)

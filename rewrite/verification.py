@@ -1,0 +1,162 @@
+"""Hold a rewritten program to its claim.
+
+    oracle = the captured graph promoted to float64        (interpret.py: not model.double())
+
+1. Forward. Both programs run in float64, at several sizes. Outputs must agree; every value that a pass declared to
+   stand in a relation (a stream without its mean) must stand in it. A disagreement is located at its first node.
+2. Gradients, where the claim speaks of them, block by block (gradients.py).
+3. The whole once in the user's own dtype: no less accurate against the oracle than the original was.
+
+Dropout is off on both sides: two programs may draw their random numbers in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .claims import Claim
+from .errors import ClaimBroken
+from .evidence import FORWARD, GRADIENT, ROUNDING, Evidence, relative_error
+from .gradients import compare_gradients
+from .interpret import interpret
+from .program import Program, line, place, source_of
+from .relations import related
+from .samples import Sample, samples
+
+
+def check_program(old: Program, new: Program, claim: Claim, *, own_dtype: bool = True) -> Evidence:
+    """Check that ``new`` keeps ``claim`` towards ``old``.
+
+    Raises:
+        ClaimBroken: with the first node that differs, its source line, and the number.
+    """
+    forward, sizes, relations, notes = 0.0, [], 0, []
+    original = rewritten = 0.0
+    recorded: tuple[Sample, Mapping[str, Any]] | None = None
+    for sample in samples(old):
+        try:
+            outputs, values = _record(old, sample)
+        except Exception as failure:  # a size the model itself does not take is no counterexample
+            if recorded is None:
+                raise
+            notes.append(f"not checked at {sample.sizes}: the original fails there ({type(failure).__name__})")
+            continue
+        recorded = recorded or (sample, values)
+        error, held = _compare(old, new, sample, outputs, values, claim)
+        forward, relations = max(forward, error), relations + held
+        sizes.append(sample.sizes)
+        if own_dtype:
+            a, b = _own_dtype(old, new, sample, outputs)
+            original, rewritten = max(original, a), max(rewritten, b)
+    gradient, count = None, 0
+    if claim.gradient in ("bitwise", "equal") and recorded is not None:
+        gradient, count, unchecked = compare_gradients(old, new, recorded[1])
+        notes.extend(unchecked)
+        if not gradient <= GRADIENT:
+            raise ClaimBroken(f"gradients differ by {gradient:.1e} in float64; the claim is '{claim.name}'")
+    return Evidence(forward, gradient, count, original if own_dtype else None, rewritten if own_dtype else None,
+                    tuple(sizes), relations, tuple(notes))  # fmt: skip
+
+
+@torch.no_grad()
+def _record(program: Program, sample: Sample) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The float64 outputs of the original, and the value of every node by name."""
+    values: dict[str, Any] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.op != "get_attr":
+            values[node.name] = value
+
+    return interpret(program, sample.inputs, dtype=torch.float64, observe=keep, noise=False), values
+
+
+@torch.no_grad()
+def _compare(
+    old: Program, new: Program, sample: Sample, outputs: tuple[Any, ...], values: Mapping[str, Any], claim: Claim
+) -> tuple[float, int]:
+    """Worst output error and number of relations held, in float64."""
+    held, lies = 0, list[tuple[fx.Node, float]]()
+    first: list[tuple[fx.Node, float]] = []
+
+    def compare(node: fx.Node, value: Any) -> None:
+        nonlocal held
+        name = node.meta.get("origin", node.name)
+        if node.op in ("get_attr", "placeholder") or name not in values or not isinstance(value, Tensor):
+            return
+        stated = "relation" in node.meta
+        if not stated and first:
+            return  # nothing more to locate
+        error = relative_error(value, related(node, values[name]) if stated else values[name])
+        if stated:
+            held += 1
+            error = _against_scale(node, value, values[name])
+        if error > FORWARD:
+            (lies if stated else first).append((node, error))
+
+    results = interpret(new, sample.inputs, dtype=torch.float64, observe=compare, noise=False)
+    error = max(map(relative_error, results, outputs), default=0.0)
+    if claim.exact and error > FORWARD and error > _conditioning(old, sample, outputs):
+        node, size = (lies + first or [(new.output, error)])[0]
+        raise ClaimBroken(
+            f"outputs differ by {error:.1e} in float64 at {sample.sizes}; the claim is '{claim.name}'. "
+            f"First different value: {line(node)} at {place(node)}, by {size:.1e}",
+            where=source_of(node),
+        )
+    if claim.exact and lies and lies[0][1] > _conditioning(old, sample, outputs):
+        node, size = lies[0]
+        raise ClaimBroken(f"{line(node)} at {place(node)} is not what the rewrite says it is, by {size:.1e}", where=source_of(node))
+    return error, held
+
+
+def _against_scale(node: fx.Node, value: Tensor, original: Tensor) -> float:
+    """Error of a related value, relative to the original's scale: what is left after removing a mean may be tiny."""
+    expected = related(node, original)
+    scale = float(original.abs().max()) if original.numel() else 0.0
+    return float((value - expected).abs().max()) / scale if scale > 0 else relative_error(value, expected)
+
+
+def _conditioning(program: Program, sample: Sample, outputs: tuple[Any, ...]) -> float:
+    """How far the original's own outputs move when every weight moves by one float64 rounding, times a safety of 32.
+
+    Asked only when the plain tolerance fails: a program that amplifies one rounding beyond it cannot be held to it.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def jittered(name: str) -> Tensor:
+        weight = program.weights.value(name, torch.float64)
+        if not weight.is_floating_point():
+            return weight
+        signs = torch.randint(0, 2, weight.shape, generator=generator).to(weight) * 2 - 1
+        return weight * (1 + signs * 2.0**-52)
+
+    moved = interpret(program, sample.inputs, dtype=torch.float64, weight=jittered, noise=False)
+    moved_by = max(map(relative_error, moved, outputs), default=0.0)
+    return 32 * moved_by if math.isfinite(moved_by) else 0.0
+
+
+@torch.no_grad()
+def _own_dtype(old: Program, new: Program, sample: Sample, oracle: tuple[Any, ...]) -> tuple[float, float]:
+    """Errors of both programs in their own dtype against the oracle.
+
+    Raises:
+        ClaimBroken: the rewritten one is less accurate than twice the original plus a few roundings.
+    """
+    before, after = interpret(old, sample.inputs, noise=False), interpret(new, sample.inputs, noise=False)
+    worst = (0.0, 0.0)
+    for index, (a, b, o) in enumerate(zip(before, after, oracle, strict=True)):
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            continue
+        if isinstance(b, Tensor) and b.dtype != a.dtype:
+            raise ClaimBroken(f"output {index} was {a.dtype} and is {b.dtype} now")
+        was, now = relative_error(a, o), relative_error(b, o)
+        if now > 2 * was + ROUNDING * torch.finfo(a.dtype).eps:
+            raise ClaimBroken(
+                f"in {str(a.dtype).removeprefix('torch.')} output {index} is off by {now:.1e} where the original is off by {was:.1e}"
+            )
+        worst = (max(worst[0], was), max(worst[1], now))
+    return worst
