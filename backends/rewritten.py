@@ -1,120 +1,131 @@
-"""The module that a program is emitted to: the user's call, the user's keys, and a graph in between.
+"""The module that a program is emitted to: the user's call, the user's keys, and the graph's own code in between.
 
-    forward(*args, **kwargs)  =  rebuild(graph(bind(args, kwargs)))
+    forward(*args, **kwargs)  =  rebuild(run(*bind(args, kwargs)))
 
-``bind`` and ``rebuild`` are the signature's; the code between them is the graph's own. The module is its graph and its
-attributes and nothing else, so copying and pickling copy these two.
+It is a plain ``nn.Module``, not an ``fx.GraphModule``: torch.export interprets the latter node by node and forgets how
+it is called. Every graph gets its own subclass, whose ``run`` is the graph's code, so that forward has the user's
+signature; copies of a module share the class.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
-
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.graph import CodeGen
+import itertools
+import linecache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode
 from tautomer.rewrite.signature import Signature
+from torch import fx, nn
 
 from .expected import Expected, check
 from .graph_data import decode_graph, encode_graph
+from .spec_data import plain, spec
 
 _HISTORY = ("report", "weights", "program")
-"""Set by the front door: where the module comes from. Copies share them, pickles leave them behind."""
+"""Where a module comes from, set by the front door. Copies share it, pickles leave it behind."""
+_count = itertools.count()
 
 
-class Emitted(fx.GraphModule):
-    """A graph module that is copied and pickled as its graph and its attributes. A body of a higher-order op is one.
+class Rewritten(nn.Module):
+    """A rewritten model: called, trained, copied, compiled, exported and pickled like the model it was made from.
 
-    Pickling keeps no node metadata.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__(nn.Module(), fx.Graph())
-        self._graph = graph
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo.update((id(value), value) for name in _HISTORY if (value := self.__dict__.get(name)) is not None)
-        return self._reborn(copy.deepcopy(self._attributes(), memo), copy.deepcopy(self._graph, {}), memo)
-
-    def __reduce__(self) -> Any:
-        attributes = {name: value for name, value in self._attributes().items() if name not in _HISTORY}
-        return _revive, (_base(type(self)), attributes, encode_graph(self._graph), self._graph._codegen)
-
-    def _attributes(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code")}
-
-    def _reborn(self, attributes: dict[str, Any], graph: fx.Graph, memo: dict[int, Any]) -> Self:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(attributes)
-        twin.graph = graph
-        return twin
-
-
-def _base(cls: type) -> type:
-    """The class behind the singleton class that fx makes for every graph module."""
-    return next(c for c in cls.__mro__ if c.__name__ != "GraphModuleImpl")
-
-
-def _revive(cls: type[Emitted], attributes: dict[str, Any], graph: list[Any], codegen: CodeGen) -> Emitted:
-    decoded = decode_graph(graph)
-    decoded.set_codegen(codegen)
-    module: Emitted = cls.__new__(cls)
-    module.__dict__.update(attributes)
-    module.graph = decoded
-    return module
-
-
-class CallCode(CodeGen):
-    """Writes the graph as a forward that binds any call first and rebuilds the user's output last."""
-
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
-        bound = f"    {', '.join(free_vars)}, = self._bind(args, kwargs)" if free_vars else "    self._bind(args, kwargs)"
-        return f"def forward(self, *args, **kwargs):\n{bound}"
-
-    def generate_output(self, output_args: Any, **_: Any) -> str:
-        return f"return self._signature.unflatten({output_args!r})"
-
-
-class Rewritten(Emitted):
-    """A rewritten model: called, trained, saved and compiled like the model it was made from.
-
-    Its parameters and buffers have the user's names; ``graph`` is its fx graph. ``report``, ``weights`` and ``program``
-    are there when it came from ``tautomer.optimize``.
+    Attributes:
+        graph: its fx graph.
+        code: the Python code of the graph.
+        report, weights, program: where it comes from, if ``tautomer.optimize`` made it.
 
     Raises:
         UsageError: on a call that the captured graph does not cover, and on ``train()`` or ``eval()`` when the graph was
             captured in the other mode alone.
     """
 
+    code: ClassVar[str]
+    _run: Callable[..., tuple[Any, ...]]
+
     def __init__(self, graph: fx.Graph, signature: Signature, inputs: Sequence[Expected | None], mode: Mode) -> None:
-        super().__init__(graph)
+        super().__init__()
+        self.graph = graph
         self._signature = signature
         self._inputs = tuple(inputs)
         self._mode: Mode = mode
-        graph.set_codegen(CallCode())
+        self.__class__ = specialised(type(self), graph, signature)
 
-    def recompile(self) -> Any:
-        code = super().recompile()
-        if "_signature" in self.__dict__:
-            type(self).forward.__signature__ = self._signature.python()
-        return code
+    def train(self, mode: bool = True) -> Self:
+        if self._mode != "both" and mode != (self._mode == "train"):
+            raise UsageError(
+                f"{self._signature.owner} was captured in {self._mode} mode and computes that alone",
+                hint=f"call model.{'train' if mode else 'eval'}() before it is captured",
+            )
+        return super().train(mode)
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         flat = self._signature.bind(args, kwargs)
         check(flat, self._inputs, self._signature.owner)
         return flat
 
-    def train(self, mode: bool = True) -> Self:
-        if self._mode != "both" and mode != (self._mode == "train"):
-            raise UsageError(
-                f"{self._signature.owner} was captured in {self._mode} mode and computes that alone",
-                hint=f"capture the model in {'train' if mode else 'eval'} mode: model.{'train' if mode else 'eval'}()",
-            )
-        return super().train(mode)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        kept = {name: self.__dict__[name] for name in ("_signature", *_HISTORY) if name in self.__dict__}
+        copied = {name: value for name, value in self.__dict__.items() if name not in kept and name != "graph"}
+        twin.__dict__.update(copy.deepcopy(copied, memo), **kept, graph=copy.deepcopy(self.graph, {}))
+        return twin
+
+    def __reduce__(self) -> Any:
+        signature = replace(self._signature, in_spec=plain(self._signature.in_spec), out_spec=plain(self._signature.out_spec))
+        left = ("graph", "_signature", *_HISTORY)
+        state = {name: value for name, value in self.__dict__.items() if name not in left}
+        return _revive, (encode_graph(self.graph), signature, self._inputs, self._mode), state
+
+
+def _revive(graph: list[Any], signature: Signature, inputs: Sequence[Expected | None], mode: Mode) -> Rewritten:
+    signature = replace(signature, in_spec=spec(signature.in_spec), out_spec=spec(signature.out_spec))
+    return Rewritten(decode_graph(graph), signature, inputs, mode)
+
+
+def specialised(base: type[Rewritten], graph: fx.Graph, signature: Signature) -> type[Rewritten]:
+    """The subclass of ``base`` that computes ``graph``; a traceback through it shows the graph's code."""
+    python = graph.python_code("self")
+    source, name = python.src.replace("def forward(", "def run(", 1), f"<tautomer {signature.owner} {next(_count)}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace = dict(python.globals)
+    exec(compile(source, name, "exec"), namespace)
+
+    def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
+        return self._signature.unflatten(self._run(*self._bind(args, kwargs)))
+
+    forward.__signature__ = python_signature(signature)  # type: ignore[attr-defined]
+    members = {"forward": forward, "_run": namespace["run"], "code": source, "__module__": base.__module__}
+    return type(base.__name__, (base,), members)
+
+
+class Body(fx.GraphModule):
+    """The body of a higher-order op: a graph module that is pickled as data."""
+
+    def __reduce__(self) -> Any:
+        return _revive_body, (encode_graph(self.graph), dict(self.named_children()))
+
+
+def _revive_body(graph: list[Any], children: Mapping[str, nn.Module]) -> Body:
+    return Body(dict(children), decode_graph(graph))
+
+
+def python_signature(signature: Signature) -> inspect.Signature:
+    """The user's ``forward`` as Python shows it; what was captured beyond its names is ``*args`` and ``**kwargs``."""
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    for argument in signature.arguments:
+        if argument.default is inspect.Parameter.empty and parameters[-1].default is not inspect.Parameter.empty:
+            kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(argument.name, kind, default=argument.default))
+    names = {argument.name for argument in signature.arguments}
+    if signature.positional > len(names):
+        parameters.append(inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL))
+    if not names.issuperset(signature.keywords):
+        parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+    return inspect.Signature(parameters)

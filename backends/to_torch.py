@@ -1,0 +1,110 @@
+"""Emit a program as a PyTorch module: the user's call, the user's keys, the rewritten graph.
+
+Weights that no rewrite touched are the user's own parameters, shared; an edited weight is a new parameter, computed
+once in float64; a buffer that the graph writes is a copy, so that a run never moves the user's statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+
+from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.interpret import written
+from tautomer.rewrite.program import Program
+from torch import Tensor, fx, nn
+
+from .expected import expected
+from .rewritten import Body, Rewritten
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of an emitted module: a parameter if it is an ``nn.Parameter``, else a buffer, in the state dict or not."""
+
+    value: Tensor
+    persistent: bool
+
+
+def to_torch(program: Program) -> Rewritten:
+    """``program`` as a module that is called, trained, copied, compiled, exported and saved like the user's.
+
+    Returns:
+        A ``Rewritten`` in the mode of the capture. Its state dict has the names of the weight
+        table; two names of one weight are one parameter.
+
+    Raises:
+        UsageError: a weight at the root has the name of an attribute of the emitted module.
+
+    Example: ``fast = to_torch(capture(model, args)); fast(*args)``
+    """
+    module = Rewritten(program.copy().graph, program.signature, expected(program), program.mode)
+    root = program.mode == "train" or any(program.training.values())
+    furnish(module, stored(program), program.regions, {"": root, **program.training})
+    return module
+
+
+def furnish(
+    module: nn.Module, tensors: Mapping[str, Stored], regions: Mapping[str, fx.GraphModule], training: Mapping[str, bool]
+) -> None:
+    """Give ``module`` the tensors, the bodies and the training flags that a graph reads, under their dotted paths.
+
+    ``training[""]`` is the flag of the root and of every module without its own.
+    """
+    nn.Module.train(module, training[""])
+    for name, stored in tensors.items():
+        owner, last = _owner(module, name)
+        try:
+            if isinstance(stored.value, nn.Parameter):
+                owner.register_parameter(last, stored.value)
+            else:
+                owner.register_buffer(last, stored.value, persistent=stored.persistent)
+        except KeyError:
+            raise UsageError(f"the model has a weight named '{name}', a name that the emitted module needs itself",
+                             hint="rename it, or wrap the model in another module") from None
+    for name, region in regions.items():
+        owner, last = _owner(module, name)
+        owner.add_module(last, body(region))
+    for path, flag in training.items():
+        _owner(module, path + ".training" if path else "training")[0].training = flag
+
+
+def body(region: fx.GraphModule) -> Body:
+    """The body of a higher-order op as a module that can be copied and pickled."""
+    inner = {name: body(child) for name, child in region.named_children() if isinstance(child, fx.GraphModule)}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(region.graph, {}))
+    return Body(inner, graph)
+
+
+def stored(program: Program) -> dict[str, Stored]:
+    """The tensors of the weight table: shared with the user where untouched and never written, new otherwise."""
+    weights = program.weights
+    moving = {alias for node in written(program.graph) if node.op == "get_attr" for alias in weights.aliases(str(node.target))}
+    made: dict[Hashable, Tensor] = {}
+    tensors = {}
+    for name, weight in ((name, weights[name]) for name in weights):
+        leaf = None if weight.edited else weights.leaves[name]
+        identity: Hashable = weight.expression
+        if leaf is not None:
+            identity = weights.storage(name), leaf.storage_offset(), leaf.shape, leaf.stride()
+        if identity not in made:
+            value = weights.value(name)
+            value = value.detach().clone() if name in moving else value
+            if weight.kind == "parameter" and not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value.detach(), requires_grad=weight.requires_grad)
+            made[identity] = value
+        tensors[name] = Stored(made[identity], weight.persistent)
+    return tensors
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a dotted name, made if it does not exist, and the last part of the name."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            child = nn.Module()
+            child.training = root.training
+            root.add_module(part, child)
+        root = root.get_submodule(part)
+    return root, last
