@@ -139,6 +139,11 @@ def _conditioning(program: Program, sample: Sample, outputs: tuple[Any, ...]) ->
     return 32 * moved_by if math.isfinite(moved_by) else 0.0
 
 
+def allowed(original: float, dtype: torch.dtype) -> float:
+    """The error a rewritten program may have in its own dtype where the original has ``original``."""
+    return max(2 * original + ROUNDING * torch.finfo(dtype).eps, FORWARD)
+
+
 @torch.no_grad()
 def _own_dtype(old: Program, new: Program, sample: Sample, oracle: tuple[Any, ...]) -> tuple[float, float]:
     """Errors of both programs in their own dtype against the oracle.
@@ -154,7 +159,7 @@ def _own_dtype(old: Program, new: Program, sample: Sample, oracle: tuple[Any, ..
         if isinstance(b, Tensor) and b.dtype != a.dtype:
             raise ClaimBroken(f"output {index} was {a.dtype} and is {b.dtype} now")
         was, now = relative_error(a, o), relative_error(b, o)
-        if now > 2 * was + ROUNDING * torch.finfo(a.dtype).eps:
+        if now > allowed(was, a.dtype):
             raise ClaimBroken(
                 f"in {str(a.dtype).removeprefix('torch.')} output {index} is off by {now:.1e} where the original is off by {was:.1e}"
             )

@@ -19,9 +19,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tautomer.rewrite.axes import Value, call, rank
+from tautomer.rewrite.axes import Value, call
 from tautomer.rewrite.claims import ALGEBRAIC
-from tautomer.rewrite.emit import GraphOps
+from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.relations import Centred, relate
@@ -51,12 +51,12 @@ class LayerNormToRmsNorm(Pass):
                 context.refused(self, norm, streams.reason(norm))
         reasons = {value: streams.why_at_run_time(value) for value in plan.runtime}
         centre_writers(program, plan)
-        centred_by = centre_at_run_time(program, plan)
-        for value, node in centred_by.items():
+        editor = Editor(program)
+        for value, node in centre_at_run_time(editor, plan).items():
             context.noted(self, node, f"centred at run time: {reasons[value]}")
         for norm in plan.norms:
             context.applied(self, norm)
-            convert(program, norm)
+            convert(editor, norm)
 
 
 def centre_writers(program: Program, plan: Plan) -> None:
@@ -74,22 +74,31 @@ def centre_writers(program: Program, plan: Plan) -> None:
         relate(value.node, Centred(value.axis))
 
 
-def centre_at_run_time(program: Program, plan: Plan) -> dict[Value, fx.Node]:
+def centre_at_run_time(editor: Editor, plan: Plan) -> dict[Value, fx.Node]:
     """x - mean(x) once after each value that no weight edit can centre, for the readers that were promised a centred one."""
     centred: dict[Value, fx.Node] = {}
     for value, readers in plan.runtime.items():
-        op = GraphOps(program, after=value.node)
-        centred[value] = op.sub(value.node, op.mean(value.node, [value.axis], True))
+        op = editor.before(_after(value.node), origin=value.node)
+        difference = op.node(op.sub(value.node, op.mean(value.node, [value.axis], True)))
         for reader in readers:
-            reader.replace_input_with(value.node, centred[value])
+            reader.replace_input_with(value.node, difference)
+        centred[value] = difference
     return centred
 
 
-def convert(program: Program, norm: fx.Node) -> None:
+def _after(node: fx.Node) -> fx.Node:
+    """The first place behind ``node`` where a call may stand."""
+    following = node.next
+    while following.op in ("placeholder", "get_attr"):
+        following = following.next
+    return following
+
+
+def convert(editor: Editor, norm: fx.Node) -> None:
     """layer_norm(x, g, b) -> rms_norm(x, g) + b."""
     bound = call(norm)
-    op = GraphOps(program, norm)
+    op = editor.before(norm)
     result = op.rms_norm(bound["input"], bound["normalized_shape"], bound["weight"], bound["eps"])
     if bound["bias"] is not None:
         result = op.add(result, bound["bias"])
-    program.replace(norm, result)
+    editor.program.replace(norm, op.node(result))

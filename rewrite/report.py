@@ -1,0 +1,153 @@
+"""The report: what fired, what did not and why, how exact, what it cost, whether it paid. A rich text, and data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from .evidence import Evidence
+from .pass_base import Application, Log, Note, Refusal
+from .program import Program, target_name
+from .target import Gain
+
+
+@dataclass(frozen=True)
+class Size:
+    """How big a program is: entries of the weights it reads, bytes of those, calls by op."""
+
+    parameters: int
+    bytes: int
+    ops: dict[str, int]
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        read = {str(node.target) for node in program.graph.find_nodes(op="get_attr") if node.target in program.weights}
+        storages = {program.weights.storage(name): program.weights[name].meta for name in sorted(read)}
+        ops = Counter(target_name(node) for node in program.graph.nodes if node.op == "call_function")
+        return cls(
+            sum(meta.numel() for meta in storages.values()),
+            sum(meta.numel() * meta.element_size() for meta in storages.values()),
+            dict(ops.most_common()),
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median time of one call on the example, both programs alternating in one run, in milliseconds."""
+
+    before_ms: float
+    after_ms: float
+    target: str
+
+    @property
+    def ratio(self) -> float:
+        """after / before; below 1 is faster."""
+        return self.after_ms / self.before_ms
+
+
+@dataclass
+class Report:
+    """What ``optimize`` did.
+
+    Attributes:
+        model: the user's class.
+        target: where it should pay.
+        log: every application, refusal and note.
+        captured: what the capture had to do, one sentence each.
+        before, after: sizes of the captured and of the rewritten program.
+        gains: what the target said about each rewrite that is for speed.
+        evidence: what verification measured; None if nothing fired or ``check=False``.
+        timing: both programs measured on the target; None if the target was not run.
+        seconds: time spent, by phase.
+    """
+
+    model: str
+    target: str
+    log: Log
+    captured: tuple[str, ...]
+    before: Size
+    after: Size
+    gains: dict[str, Gain] = field(default_factory=dict)
+    evidence: Evidence | None = None
+    timing: Timing | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def applications(self) -> tuple[Application, ...]:
+        return tuple(self.log.applications)
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        return tuple(self.log.refusals)
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        return tuple(self.log.notes)
+
+    def fired(self, rewrite: str) -> int:
+        """How many times a rewrite fired."""
+        return sum(application.rewrite == rewrite for application in self.log.applications)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same facts as plain data (JSON-ready)."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(f"{self.model} for {self.target}", style="bold")
+        yield from (Text(f"  {note}", style="dim") for note in self.captured)
+        yield self._fired()
+        if self.notes:
+            yield Group(*(Text(f"  {_where(note)}: {note.text}") for note in self.notes))
+        if self.refusals:
+            yield self._refused()
+        yield Group(*map(Text, self._measured()))
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def _fired(self) -> Table | Text:
+        counts = Counter(application.rewrite for application in self.log.applications)
+        if not counts:
+            return Text("  nothing fired")
+        table = Table("fired", "times", "first at", box=None, pad_edge=True)
+        for name, count in counts.items():
+            first = next(a for a in self.log.applications if a.rewrite == name)
+            table.add_row(name, str(count), _where(first))
+        return table
+
+    def _refused(self) -> Table:
+        table = Table("did not fire", "times", "why", box=None, pad_edge=True)
+        for (name, reason), count in Counter((r.rewrite, r.reason) for r in self.refusals).items():
+            table.add_row(name, str(count), reason)
+        return table
+
+    def _measured(self) -> list[str]:
+        lines = [
+            f"  parameters {self.before.parameters:,} → {self.after.parameters:,}, "
+            f"calls {sum(self.before.ops.values())} → {sum(self.after.ops.values())}"
+        ]
+        lines += [f"  {name}: {gain.note}" for name, gain in self.gains.items() if gain.pays]
+        if self.evidence is not None:
+            lines.append(f"  checked: {self.evidence}")
+            lines += [f"  not checked: {note}" for note in self.evidence.notes]
+        elif self.log.applications:
+            lines.append("  NOT CHECKED (check=False)")
+        if self.timing is not None:
+            lines.append(
+                f"  {self.timing.target}: {self.timing.before_ms:.2f} ms → {self.timing.after_ms:.2f} ms "
+                f"({self.timing.ratio:.2f} of the time, medians of alternating calls)"
+            )
+        lines.append("  " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items()))
+        return lines
+
+
+def _where(entry: Application | Refusal | Note) -> str:
+    return entry.id.split("@", 1)[-1]
