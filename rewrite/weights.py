@@ -239,15 +239,28 @@ def expression_of(node: Any, weights: Weights) -> Expression | None:
         return None
     if node.op == "get_attr":
         return weights[str(node.target)].expression if node.target in weights else None
-    if node.op != "call_function" or not node.all_input_nodes or not _pure(node.target):
+    if not _reads_weights_alone(node, weights):
         return None
     operands = {operand: expression_of(operand, weights) for operand in node.all_input_nodes}
-    if any(expression is None for expression in operands.values()):
-        return None
     substitute = lambda x: operands[x] if isinstance(x, fx.Node) else x  # noqa: E731
     args = tuple(_map(_plain(a), substitute) for a in node.args)
     kwargs = tuple((k, _map(_plain(v), substitute)) for k, v in node.kwargs.items())
     return Apply(node.target, args, kwargs)  # type: ignore[arg-type]
+
+
+def _reads_weights_alone(node: fx.Node, weights: Weights) -> bool:
+    """Leaves at the first sight of an input, without recursion: a runtime value may be thousands of calls deep."""
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr" and node.target in weights:
+            continue
+        if node.op != "call_function" or not node.all_input_nodes or not _pure(node.target):
+            return False
+        fresh = [operand for operand in node.all_input_nodes if operand not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return True
 
 
 def _plain(x: Any) -> Any:

@@ -1,0 +1,173 @@
+"""The vocabulary over a graph: ``op.linear(x, W, b)`` makes the node, or, over weights alone, the weight.
+
+    op = GraphOps(program, anchor)            new nodes stand before ``anchor`` and inherit its provenance
+    op.linear(x, op.mul(W, g), b)             one new node; W ⊙ g is a new weight, computed when the program is emitted
+
+Partial evaluation: an op whose tensors are all weights makes no node but an expression over weights. It becomes a
+weight of the table when something computed at run time reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ._torch import erased
+from .metadata import Derived, Metadata, value_of
+from .ops import Op, Ops, form_of, is_pure
+from .program import Program, inherit
+from .shapes import product
+from .weights import Apply, Expression, Leaf, expression_of, leaves
+
+
+class Editor:
+    """What the emissions into one program share: remembered metadata, and the nodes that read weights.
+
+    Keep one for a pass over a large program; ``GraphOps`` makes its own where that does not matter.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.metadata = Metadata(program.fake_mode)
+        self._constant: dict[fx.Node, bool] = {}
+        self._expressions: dict[fx.Node, Expression | None] = {}
+        self._attributes: dict[str, fx.Node] = {}
+
+    def before(self, anchor: fx.Node, origin: fx.Node | None = None) -> GraphOps:
+        """An interpretation of ``op`` that emits before ``anchor``, with the provenance of ``origin``."""
+        return GraphOps(self.program, anchor, origin=origin, editor=self)
+
+    def constant(self, node: fx.Node) -> bool:
+        """Whether ``node`` reads weights alone, none of which the graph writes. O(1) after the first question."""
+        if not self._constant:
+            for known in self.program.graph.nodes:
+                self._constant[known] = self._is_constant(known)
+        if node not in self._constant:
+            self._constant[node] = self._is_constant(node)
+        return self._constant[node]
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return node.target in self.program.weights and not node.meta.get("tautomer_mutated")
+        operands = node.all_input_nodes
+        return node.op == "call_function" and bool(operands) and is_pure(node.target) and all(map(self.constant, operands))
+
+    def expression(self, node: Any) -> Expression | None:
+        """``node`` as an expression over leaves, remembered; None if it is computed at run time."""
+        if not isinstance(node, fx.Node) or not self.constant(node):
+            return None
+        if node not in self._expressions:
+            self._expressions[node] = expression_of(node, self.program.weights)
+        return self._expressions[node]
+
+    def attribute(self, name: str) -> fx.Node:
+        """The node that reads weight ``name``, at the head of the graph, where it dominates everything."""
+        node = self._attributes.get(name)
+        if node is None or erased(node) or node.target != name:
+            graph = self.program.graph
+            with graph.inserting_before(next(iter(graph.nodes))):
+                node = self._attributes[name] = graph.get_attr(name)
+            node.meta["val"] = self.program.weights[name].meta
+        return node
+
+
+class GraphOps(Ops):
+    """Emission before ``anchor``.
+
+    Args:
+        program: the program whose graph and weights change.
+        anchor: new nodes stand before this node.
+        origin: whose provenance they inherit; by default the anchor's.
+
+    Attributes:
+        created: the nodes made so far, in order.
+        staged: the weights entered so far.
+    """
+
+    def __init__(self, program: Program, anchor: fx.Node, *, origin: fx.Node | None = None, editor: Editor | None = None) -> None:
+        self.program, self.anchor, self.origin = program, anchor, origin or anchor
+        self.editor = editor or Editor(program)
+        self.created: list[fx.Node] = []
+        self.staged: list[str] = []
+
+    def apply(self, op: Op, *args: Any, **kwargs: Any) -> fx.Node | Derived:
+        """The new node, or the new weight if every tensor operand is one.
+
+        Raises:
+            Refused: the op does not accept these operands.
+        """
+        fake = self.editor.metadata.call(op.target, value_of(args), {k: value_of(v) for k, v in kwargs.items()})
+        operands = _operands((args, kwargs))
+        expressions = {id(x): self.expression(x) for x in operands}
+        if operands and all(expressions.values()) and isinstance(fake, Tensor):
+            substitute = lambda x: expressions.get(id(x), x)  # noqa: E731
+            keywords = tuple((k, _plain(v, substitute)) for k, v in kwargs.items())
+            return Derived(Apply(op.target, _plain(args, substitute), keywords), fake)
+        args, kwargs = self._stage_operands(op, args, kwargs)
+        with self.program.graph.inserting_before(self.anchor):
+            node = self.program.graph.create_node("call_function", op.target, args, kwargs, name=op.name)
+        node.meta["val"] = fake
+        inherit(node, self.origin)
+        self.created.append(node)
+        return node
+
+    def expression(self, x: Any) -> Expression | None:
+        """``x`` as an expression over the leaves, if it reads weights alone."""
+        return x.expression if isinstance(x, Derived) else self.editor.expression(x)
+
+    def node(self, x: fx.Node | Derived, hint: str = "weight") -> fx.Node:
+        """``x`` as a node of the graph: a new weight is entered in the table and read.
+
+        ``hint`` is the last part of its name; the rest is the path of its largest leaf.
+        """
+        if isinstance(x, fx.Node):
+            return x
+        weights = self.program.weights
+        name = x.expression.name if isinstance(x.expression, Leaf) else _name(x.expression, hint, self.program)
+        known = len(weights.entries)
+        name = weights.stage(x.expression, x.fake, name)
+        if len(weights.entries) > known:
+            self.staged.append(name)
+        return self.editor.attribute(name)
+
+    def rollback(self) -> None:
+        """Take every new node and weight back; nothing may read them yet."""
+        for node in reversed(self.created):
+            self.program.graph.erase_node(node)
+        for name in self.staged:
+            self.program.graph.erase_node(self.editor.attribute(name))
+            self.program.weights.drop(name)
+        self.created, self.staged = [], []
+
+    def _stage_operands(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        form = form_of(op.target)
+        names = form.names if form else ("",) * len(args)
+        staged = tuple(self._stage(a, name) for a, name in zip(args, names, strict=False))
+        return staged, {name: self._stage(v, name) for name, v in kwargs.items()}
+
+    def _stage(self, x: Any, name: str) -> Any:
+        return map_aggregate(x, lambda y: self.node(y, name) if isinstance(y, Derived) else y)
+
+
+def _operands(x: Any) -> list[fx.Node | Derived]:
+    found: list[fx.Node | Derived] = []
+    map_aggregate(x, lambda y: found.append(y) if isinstance(y, (fx.Node, Derived)) else None)
+    return found
+
+
+def _plain(x: Any, substitute: Callable[[Any], Any]) -> Any:
+    """An expression holds tuples, so that it can be compared and hashed."""
+    return tuple(_plain(y, substitute) for y in x) if isinstance(x, (list, tuple)) else substitute(x)
+
+
+def _name(expression: Expression, hint: str, program: Program) -> str:
+    """``h.0.attn.c_attn.bias``: beside the largest leaf, named after the argument it serves."""
+    numel = lambda leaf: product(program.weights.leaves[leaf].shape)  # noqa: E731
+    largest = max(leaves(expression), key=numel)
+    if hint not in ("weight", "bias"):
+        return largest
+    parent, dot, _ = largest.rpartition(".")
+    return parent + dot + hint
