@@ -185,46 +185,57 @@ class Streams:
 
     def why_at_run_time(self, value: Value) -> str:
         """Why a value is centred at run time instead of by its weights, in one sentence."""
-        if self.carriers(value) is None:
-            return _source_phrase(value.node)
-        for carrier in self.carriers(value) or ():
-            if self.is_weight(carrier) and self.blocked(carrier):
-                readers = [place(observer) for observer in self.observers[carrier]]
-                return f"the weight {carrier.node.target} is also read by {' and '.join(readers)}, which needs its mean (tied or shared)"
-        return next((self._observed(value, observer) for observer in self.observers[value]), _source_phrase(value.node))
+        return "; ".join(self._cause(root) for root in self._roots({value}))
 
     def reason(self, norm: fx.Node) -> str:
         """Why a norm was not chosen, in one sentence.
 
-        First what would be forced: centring the norm's input centres everything that carries it on, so the nearest
-        reader on that way that sees a mean is the reason. Without one, it is the price.
+        First what would be forced: centring the norm's input centres everything that carries it on, so a reader on that
+        way that sees a mean is the reason. Without one, it is the price.
         """
         start = self.same_weight(self.wanted(norm))
         if self.carriers(start) is None:
             return f"{_source_phrase(start.node)}; one centring per norm would cost more than the norm saves"
-        seen, queue = {start}, deque([start])
-        while queue:
-            value = queue.popleft()
+        forced = self._closure({start}, lambda value: self.onward[value])
+        for value in self._ordered(forced):
             for observer in self.observers[value]:
                 return self._observed(value, observer)
-            for other in (*self.onward[value], *(c for c in self.carriers(value) or () if not self.is_weight(c))):
-                if other not in seen and (other in self.onward[value] or not self._raw(other)):
-                    seen.add(other)
-                    queue.append(other)
-        raw = {c for value in seen for c in self.carriers(value) or () if self._raw(c) and not self.centred_already(c)}
-        norms = sum(self.same_weight(self.wanted(other)) in seen for other in self.norms)
-        first = min(raw, key=lambda v: v.node.name, default=start)
+        roots = self._roots(forced)
+        norms = sum(self.same_weight(self.wanted(other)) in forced for other in self.norms)
         return (
-            f"its stream would need {len(raw)} centrings at run time for {norms} norm{'s' * (norms != 1)}: "
-            f"{_source_phrase(first.node)}"
+            f"its stream would need {len(roots)} centring{'s' * (len(roots) != 1)} at run time for "
+            f"{norms} norm{'s' * (norms != 1)}, which costs more than it saves: {self._cause(roots[0]) if roots else 'nothing to gain'}"
         )
 
-    def _raw(self, value: Value) -> bool:
-        """Whether a value could only be centred at run time."""
-        if self.is_weight(value):
-            return self.blocked(value)
+    def _closure(self, start: set[Value], step: Callable[[Value], Iterable[Value]]) -> set[Value]:
+        seen, queue = set(start), deque(start)
+        while queue:
+            for other in step(queue.popleft()):
+                if other not in seen:
+                    seen.add(other)
+                    queue.append(other)
+        return seen
+
+    def _roots(self, values: set[Value]) -> tuple[Value, ...]:
+        """The first values on the way back from ``values`` that no edit can centre."""
+        backward = self._closure(values, lambda value: () if self._stuck(value) else self.carriers(value) or ())
+        return self._ordered({value for value in backward if self._stuck(value)})
+
+    def _stuck(self, value: Value) -> bool:
+        """Whether a value can only be centred at run time, for a reason of its own."""
+        if self.is_weight(value) or self.centred_already(value):
+            return False
         found = self.carriers(value)
         return found is None or bool(self.observers[value]) or any(self.is_weight(c) and self.blocked(c) for c in found)
+
+    def _cause(self, value: Value) -> str:
+        found = self.carriers(value)
+        if found is None:
+            return _source_phrase(value.node)
+        for weight in (c for c in found if self.is_weight(c) and self.blocked(c)):
+            readers = " and ".join(place(observer) for observer in self.observers[weight]) or "another view of its storage"
+            return f"the weight {weight.node.target} is tied: {readers} reads it too and needs its mean"
+        return self._observed(value, self.observers[value][0])
 
     def _observed(self, value: Value, observer: fx.Node) -> str:
         where = f" ({source_of(observer)})" if source_of(observer) else ""
