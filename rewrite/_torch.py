@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,18 +13,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "OperatorObserver",
     "ShapeEnv",
+    "autocast_region",
     "erased",
     "fake_mode_of",
-    "oblivious_sizes",
+    "guards_of",
     "no_new_guards",
+    "oblivious_sizes",
     "pytree",
+    "quiet_fakes",
     "set_grad_enabled_region",
-    "autocast_region",
     "statically_known_true",
     "storage_key",
     "unlifted_module",
@@ -64,6 +69,17 @@ def oblivious_sizes() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Inside, a fake op that fails raises without also logging its traceback."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def erased(node: fx.Node) -> bool:
     """Whether ``node`` was erased from its graph."""
     return bool(node._erased)
@@ -72,3 +88,28 @@ def erased(node: fx.Node) -> bool:
 def storage_key(tensor: torch.Tensor) -> int:
     """The identity of the storage: equal for views of one buffer, distinct for meta and empty tensors."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def guards_of(exported: torch.export.ExportedProgram) -> list[str]:
+    """The conditions on input sizes an export rests on, as Python over ``L['name'].size()[i]``."""
+    return list(exported._guards_code)
+
+
+class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls ``before`` with every tensor that an operator, by its schema, is about to write."""
+
+    def __init__(self, before: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for index, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(tensor, torch.Tensor):
+                        self.before(tensor)
+        return func(*args, **kwargs)

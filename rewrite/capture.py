@@ -1,43 +1,38 @@
-"""Capture a model as a program."""
+"""Capture a model as a program: one recorded eager run, ``torch.export`` before decomposition, canonical form, checked.
+
+    interpret(capture(model, args, kwargs), leaves)  =  leaves of model(*args, **kwargs)
+
+at the sizes of the example and at other batch sizes and lengths.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from ._torch import pytree, unlifted_module
+from ._torch import pytree
+from .build import build
+from .canonical import canonicalize
+from .export import PREFIX, automatic_sizes, export
+from .functional import functionalize
 from .program import Program
+from .record import clone_leaves, record, register_caches, register_classes
 from .signature import Signature
-from .weights import Weights
 
 
-def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+            dynamic_shapes: Any = "auto", mode: str = "auto") -> Program:
     kwargs = dict(kwargs or {})
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), kwargs))
-    dim = torch.export.Dim.AUTO
-    shapes = pytree.tree_map(
-        lambda x: {i: dim for i in range(x.dim() if not x.is_floating_point() else 1)} if isinstance(x, Tensor) else None,
-        (args, kwargs),
-    )
-    import inspect
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    exported = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes={**dict(zip(bound.arguments, shapes[0])), **shapes[1]})
-    module = unlifted_module(exported)
-    weights = Weights.of(dict(module.named_parameters(remove_duplicate=False)), dict(module.named_buffers(remove_duplicate=False)), {})
-    graph = fx.Graph()
-    mapped: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "output":
-            graph.output(tuple(mapped[n] for n in node.args[0]))
-            continue
-        if node.op == "call_function" and "_assert_tensor_metadata" in str(node.target):
-            continue
-        mapped[node] = graph.node_copy(node, mapped.__getitem__)
-        mapped[node].meta = dict(node.meta)
-    graph.eliminate_dead_code()
-    flat, _ = pytree.tree_flatten((args, kwargs))
-    signature = Signature.of(model.forward, type(model).__name__, args, kwargs, exported.call_spec.out_spec)
-    return Program(graph, weights, signature, tuple(flat), "eval", name=type(model).__name__)
+    register_caches(model)
+    register_classes((tuple(args), kwargs))
+    args, kwargs = clone_leaves((tuple(args), kwargs))
+    recording = record(model, args, kwargs)
+    leaves, in_spec = pytree.tree_flatten((tuple(args), kwargs))
+    sizes = automatic_sizes(leaves)
+    exported = export(model, leaves, in_spec, sizes)
+    signature = Signature.of(model.forward, type(model).__name__, args, kwargs, recording.out_spec)
+    program = build(exported, model, PREFIX, signature, leaves)
+    functionalize(program)
+    return canonicalize(program)
