@@ -127,6 +127,9 @@ Tensor = Annotated[Any, "tensor"]
 Weight = Annotated[Any, "weight"]
 """A variable that binds a weight, or anything computed from weights alone (a transposed weight)."""
 
+OptionalWeight = Annotated[Any, "optional weight"]
+"""A variable that binds a weight or None: a bias that may be missing."""
+
 Scalar = Annotated[Any, "scalar"]
 """A variable that binds a Python number."""
 

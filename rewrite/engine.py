@@ -1,0 +1,315 @@
+"""The engine: rules to a fixpoint, each application a transaction.
+
+    match → where → build → compare → check the claim → replace       nothing has changed until the last step
+
+Nodes are visited downstream first, and at one node larger patterns before smaller ones, then in the declared order:
+a pattern is tried before the smaller ones inside it. What an application makes, and what reads it, is visited again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import fx
+
+from ._torch import erased, no_new_guards, storage_key
+from .emit import Editor, GraphOps
+from .equation import Equation, Match, require_sole_readers
+from .errors import ClaimBroken, InvalidGraph, Refused, require
+from .metadata import Derived, difference, refresh
+from .ops import is_pure
+from .pass_base import Context
+from .patterns import Entry, Found, Pattern, compile_pattern
+from .program import Program, place, target_name
+from .region import Region, hold, region_between, signature
+from .shapes import product
+from .weights import leaves
+
+_COMPILED: WeakKeyDictionary[Equation, Pattern] = WeakKeyDictionary()
+
+
+def compiled(rule: Equation) -> Pattern:
+    """The compiled left side of ``rule``, remembered as long as the rule lives."""
+    if rule not in _COMPILED:
+        _COMPILED[rule] = compile_pattern(rule.before)
+    return _COMPILED[rule]
+
+
+def apply_rules(rules: Sequence[Equation], program: Program, context: Context) -> None:
+    """Apply ``rules`` to ``program`` until none fires.
+
+    Raises:
+        PatternError: a rule is ill-formed.
+        InvalidGraph: rules undo each other without end.
+    """
+    with no_new_guards(program.fake_mode), _without_gc():
+        _Engine(rules, program, context).run()
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Graph surgery makes and drops many small objects and no garbage cycles: collection only costs (a factor 1.7)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    rule: Equation
+    pattern: Pattern
+    entry: Entry
+
+
+class _Engine:
+    def __init__(self, rules: Sequence[Equation], program: Program, context: Context) -> None:
+        self.program, self.context = program, context
+        self.editor = Editor(program)
+        self.index: dict[int, list[_Candidate]] = {}
+        for rule in sorted(rules, key=lambda rule: -compiled(rule).size):
+            for entry in compiled(rule).entries:
+                self.index.setdefault(id(entry.target), []).append(_Candidate(rule, compiled(rule), entry))
+        self.depth = max((compiled(rule).depth for rule in rules), default=0)
+        self.queue: deque[fx.Node] = deque()
+        self.queued: set[fx.Node] = set()
+        self.refusals: dict[tuple[Equation, fx.Node], str] = {}
+        self.checked: dict[Hashable, float | None] = {}
+        self.fired: list[str] = []
+        self.made: dict[fx.Node, Equation] = {}
+        self.readers = _Readers(program)
+
+    # -- the worklist -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        nodes = list(self.program.graph.nodes)
+        self.limit = 4 * len(nodes) + 1000
+        self.push(nodes)
+        applied = -1
+        while len(self.fired) > applied:
+            applied = len(self.fired)
+            self.drain()
+            # A refusal may have lost its reason since: another reader is gone, an operand was rewritten.
+            self.push(node for _, node in self.refusals if not erased(node))
+        for (rule, node), reason in self.refusals.items():
+            if not erased(node):
+                self.context.refused(rule, node, reason)
+
+    def drain(self) -> None:
+        while self.queue:
+            node = self.queue.popleft()
+            self.queued.discard(node)
+            if not erased(node):
+                self.visit(node)
+
+    def push(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            if id(node.target) in self.index and node not in self.queued:
+                self.queued.add(node)
+                self.queue.appendleft(node)
+
+    def visit(self, node: fx.Node) -> None:
+        operands = {id(operand.target) for operand in node.all_input_nodes}
+        for candidate in self.index[id(node.target)]:
+            if candidate.entry.required <= operands and self.attempt(candidate, node):
+                return
+
+    def attempt(self, candidate: _Candidate, node: fx.Node) -> bool:
+        """Apply the first way the pattern fits that nothing speaks against; remember what spoke against the first."""
+        reason = None
+        for found in candidate.entry.match(node, self.is_weight):
+            if not self.context.admits(candidate.rule, node):
+                return False
+            try:
+                self.apply(candidate, found)
+            except Refused as refusal:
+                reason = reason or str(refusal)
+            else:
+                self.refusals.pop((candidate.rule, node), None)
+                return True
+        if reason is not None and self.made.get(node) is not candidate.rule:
+            self.refusals[candidate.rule, node] = reason
+        return False
+
+    def is_weight(self, x: Any) -> bool:
+        return isinstance(x, fx.Node) and self.editor.constant(x)
+
+    # -- one application --------------------------------------------------------------------------------------
+
+    def apply(self, candidate: _Candidate, found: Found) -> None:
+        rule = candidate.rule
+        values = {v.name: value for v, value in zip(candidate.pattern.variables, found.values, strict=True)}
+        match = Match(values, found.roots, found.nodes, self.program)
+        require(not any(node.meta.get("tautomer_mutated") for node in found.nodes), "a value in the pattern is written in place")
+        rule.where(match)
+        require_sole_readers(rule, match)
+
+        frontier: set[fx.Node] = set()
+        fx.node.map_arg(found.values, frontier.add)
+        op = self.editor.before(self.anchor(match, frontier), origin=match.root)
+        try:
+            roots = self.build(rule, op, match)
+            overlay = self.compare(match.roots, roots)
+            self.refuse_second_copies(op, match.roots)
+            error = self.check(rule, op, found, frontier, roots)
+        except Exception:
+            op.rollback()
+            raise
+
+        self.context.applied(rule, match.root, error=error)
+        self.commit(op, match.roots, roots, overlay)
+        self.fired.append(rule.name)
+        self.made.update(dict.fromkeys(roots, rule))
+        if len(self.fired) > self.limit:
+            cycle = " and ".join(name for name, _ in Counter(self.fired[-100:]).most_common(3))
+            raise InvalidGraph(f"rewriting does not end: {cycle} keep firing", where=place(roots[0]))
+        self.push(self.affected(op, roots))
+
+    def anchor(self, match: Match, frontier: set[fx.Node]) -> fx.Node:
+        """Where the new nodes stand: after everything they may read, before everything that reads them."""
+        if len(match.roots) == 1:
+            return match.root
+        users = [user for root in match.roots for user in root.users if user not in match.nodes]
+        anchor = min(users, default=max(match.roots).next)
+        late = next((node for node in frontier if not node < anchor), None)
+        require(late is None, f"'{late}' is computed only after one of the siblings is read")
+        return anchor
+
+    def build(self, rule: Equation, op: GraphOps, match: Match) -> tuple[fx.Node, ...]:
+        result = rule.after(op, **match.values)
+        results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        if len(results) != len(match.roots) or not all(isinstance(r, (fx.Node, Derived)) for r in results):
+            raise InvalidGraph(f"{rule.name} returns {results} for {len(match.roots)} values", where=place(match.root))
+        return tuple(op.node(result) for result in results)
+
+    def compare(self, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...]) -> dict[fx.Node, Any]:
+        """New metadata by old node, where strides changed; every reader downstream must be able to run on it."""
+        metadata, overlay = self.editor.metadata, dict[fx.Node, Any]()
+        for before, after in zip(old, new, strict=True):
+            change = difference(before.meta.get("val"), after.meta.get("val"))
+            require(change is None, f"the result would change: {change}")
+            if not metadata.agree(before.meta.get("val"), after.meta.get("val")):
+                overlay[before] = after.meta["val"]
+        pending = sorted({user for node in overlay for user in node.users}, reverse=True)
+        while pending:
+            node = pending.pop()
+            if node.op != "call_function" or node in overlay:
+                continue
+            value = refresh(node, metadata, overlay)
+            if not metadata.agree(node.meta.get("val"), value):
+                overlay[node] = value
+                pending = sorted({*pending, *node.users}, reverse=True)
+        return overlay
+
+    def refuse_second_copies(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> None:
+        """A matrix is not stored twice for one of its readers' sake."""
+        large = [self.program.weights[name] for name in op.staged if self.program.weights[name].meta.ndim >= 2]
+        if not large:
+            return
+        dying = _dying(roots)
+        for weight in large:
+            for leaf in dict.fromkeys(leaves(weight.expression)):
+                source = self.program.weights.leaves[leaf]
+                if source.ndim < 2 or source.numel() > product(weight.meta.shape):
+                    continue
+                reader = next((user for user in self.readers.of(leaf) if user not in dying), None)
+                if reader is not None:
+                    raise Refused(f"'{leaf}' would be stored twice: {target_name(reader)} '{reader.name}' also reads it")
+
+    def check(self, rule: Equation, op: GraphOps, found: Found, frontier: set[fx.Node],
+              roots: tuple[fx.Node, ...]) -> float | None:  # fmt: skip
+        if not self.context.check:
+            return None
+        old = region_between(found.roots, frontier, {other: node for other, node in found.twins if other is not node})
+        new = Region(tuple(op.created), roots, {})
+        question = (rule, signature(old, new, self.editor))
+        if question not in self.checked:
+            try:
+                self.checked[question] = hold(rule.claim, old, new, self.editor)
+            except ClaimBroken as broken:
+                raise Refused(broken.what) from broken
+        return self.checked[question]
+
+    def commit(self, op: GraphOps, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...], overlay: dict[fx.Node, Any]) -> None:
+        created = set(op.created)
+        for before, after in zip(old, new, strict=True):
+            if after in created:
+                after.meta["origin"] = before.meta.get("origin", before.name)
+                if before not in overlay:
+                    after.meta["val"] = before.meta["val"]
+            before.replace_all_uses_with(after)
+        for node, value in overlay.items():
+            node.meta["val"] = value
+        erase_dead(self.program.graph, old)
+
+    def affected(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> list[fx.Node]:
+        """The new nodes, and everything near enough above the new roots to have them inside its pattern."""
+        found = dict.fromkeys((*op.created, *roots))
+        level: Iterable[fx.Node] = roots
+        for _ in range(self.depth):
+            level = [user for node in level for user in node.users if user not in found]
+            found.update(dict.fromkeys(level))
+        return list(found)
+
+
+class _Readers:
+    """Who reads the storage of a leaf: names by storage, and the nodes that read a name."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._names: dict[int, list[str]] | None = None
+
+    def of(self, leaf: str) -> Iterator[fx.Node]:
+        weights = self.program.weights
+        if self._names is None:
+            self._names = {}
+            for name, weight in weights.entries.items():
+                if not weight.edited:
+                    self._names.setdefault(storage_key(weights.leaves[name]), []).append(name)
+        names = self._names.get(storage_key(weights.leaves[leaf]), ())
+        for node in self.program.graph.find_nodes(op="get_attr"):
+            if node.target in names:
+                yield from node.users
+
+
+# -- dead nodes -----------------------------------------------------------------------------------------------
+
+
+def _dying(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """What nobody needs once ``roots`` are gone."""
+    dying, stack = set(roots), list(roots)
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in dying and all(user in dying for user in operand.users):
+                dying.add(operand)
+                stack.append(operand)
+    return dying
+
+
+def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Erase those of ``nodes`` that nobody reads, and what nobody reads after that. Inputs and effects stay."""
+    gone, stack = [], list(nodes)
+    while stack:
+        node = stack.pop()
+        if erased(node) or node.users or not _removable(node):
+            continue
+        operands = node.all_input_nodes
+        graph.erase_node(node)
+        gone.append(node)
+        stack.extend(operands)
+    return gone
+
+
+def _removable(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    return node.op == "call_function" and is_pure(node.target) and not node.meta.get("tautomer_mutated")

@@ -1,0 +1,407 @@
+"""Patterns: ``before`` interpreted over symbols, compiled to one flat function, which can say why it did not match.
+
+    before(op, x, g) = mul(rms_norm(x), g)     ->     def match(n0): if n0.target is mul: for l, r in both orders: …
+
+The compiled function is a generator: it yields every way the pattern fits at a node, so that a condition that rejects
+one way (the operands of a product in one order) does not hide another. Equality of two operands is congruence: one
+node, or two pure calls that spell the same value.
+
+The same writer, asked to explain, also notes where each attempt stopped; the deepest note is the nearest miss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import fx
+
+from .errors import PatternError
+from .ops import Op, Ops, fill, form_of, is_pure, normal, show_literal
+
+# -- symbols --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Variable:
+    """A wildcard. ``kind`` is "", "tensor", "weight" or "scalar"."""
+
+    name: str
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """``op(*args)``, its arguments in normal form; ``source`` is the line of the rule that wrote it."""
+
+    op: Op
+    args: tuple[Any, ...]
+    source: str
+
+    def __str__(self) -> str:
+        form = form_of(self.op.target)
+        args = list(self.args)
+        while form and args and _is_default(args[-1], form.defaults[len(args) - 1]):
+            args.pop()
+        return f"{self.op.name}({', '.join(map(show_literal, args))})"
+
+
+@dataclass(frozen=True, eq=False)
+class AnyOf:
+    """Spellings of one value."""
+
+    alternatives: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.alternatives))
+
+
+def _is_default(x: Any, default: Any) -> bool:
+    return not isinstance(x, (Variable, Call, AnyOf)) and x == default
+
+
+class Symbols(Ops):
+    """Patterns: an equation is matched."""
+
+    def apply(self, op: Op, *args: Any, **kwargs: Any) -> Call:
+        frame = sys._getframe(1)
+        source = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}: "
+        source += linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        return Call(op, _from_the_end(op, fill(op.target, args, kwargs), source), source)
+
+    def any_of(self, *alternatives: Any) -> AnyOf:
+        return AnyOf(alternatives)
+
+
+def _from_the_end(op: Op, args: tuple[Any, ...], source: str) -> tuple[Any, ...]:
+    """Axes in a pattern count from the end, as ``normal`` counts them; a permutation tells its own rank."""
+    form = form_of(op.target)
+    if form is None:
+        return args
+    normalised = list(args)
+    for position in form.dims:
+        dims = args[position]
+        if op.name == "permute" and isinstance(dims, (list, tuple)):
+            normalised[position] = [d - len(dims) if d >= 0 else d for d in dims]
+        elif any(isinstance(d, int) and d >= 0 for d in (dims if isinstance(dims, (list, tuple)) else (dims,))):
+            raise PatternError(f"the axis {dims} of op.{op.name} counts from the front", where=source, hint="count from the end")
+    return tuple(normalised)
+
+
+def trace(before: Callable[..., Any]) -> tuple[tuple[Variable, ...], tuple[Any, ...]]:
+    """The variables and the roots of ``before(op, *variables)``."""
+    parameters = list(inspect.signature(before, eval_str=True).parameters.values())[1:]
+    variables = tuple(Variable(p.name, (*get_args(p.annotation)[1:], "")[0]) for p in parameters)
+    result = before(Symbols(), *variables)
+    return variables, tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+# -- compiled patterns ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """One way a pattern fits.
+
+    Attributes:
+        values: what the variables are bound to, in the rule's order.
+        roots: the nodes of the pattern's roots.
+        nodes: every node the pattern names, roots included, each once.
+        twins: (other, node): a second spelling of ``node``'s value that the pattern identified with it.
+    """
+
+    values: tuple[Any, ...]
+    roots: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    twins: tuple[tuple[fx.Node, fx.Node], ...]
+
+
+IsWeight = Callable[[Any], bool]
+Matcher = Callable[..., Iterator[Found]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way into a pattern: its function, tried at nodes of one target that have the required operands."""
+
+    target: Callable[..., Any]
+    required: frozenset[int]
+    match: Matcher
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A compiled ``before``.
+
+    Attributes:
+        variables: in the order of the rule's parameters.
+        roots: the symbolic roots.
+        entries: one per alternative of the first root.
+        size: how many ops it names; larger patterns go first.
+        depth: how far below a root its deepest op is.
+    """
+
+    variables: tuple[Variable, ...]
+    roots: tuple[Any, ...]
+    entries: tuple[Entry, ...]
+    size: int
+    depth: int
+
+
+def compile_pattern(before: Callable[..., Any], explain: bool = False) -> Pattern:
+    """Compile ``before``. With ``explain``, matchers take a ``note`` that receives every stop.
+
+    Raises:
+        PatternError: a root is not an op, a variable is not reachable from the roots, or roots share nothing.
+    """
+    variables, roots = trace(before)
+    seen = {v for root in roots for v in _variables(root)}
+    lost = [v.name for v in variables if v not in seen]
+    if lost:
+        raise PatternError(f"the left side does not mention {', '.join(lost)}")
+    firsts = roots[0].alternatives if isinstance(roots[0], AnyOf) else (roots[0],)
+    if not all(isinstance(first, Call) for first in firsts):
+        raise PatternError("the left side must be an op")
+    entries = tuple(
+        Entry(first.op.target, _required(first), _Writer(variables, (first, *roots[1:]), explain).function()) for first in firsts
+    )
+    return Pattern(variables, roots, entries, sum(map(_size, roots)), max(map(_depth, roots)))
+
+
+def _children(pattern: Any) -> Sequence[Any]:
+    if isinstance(pattern, Call):
+        return pattern.args
+    if isinstance(pattern, AnyOf):
+        return pattern.alternatives
+    return pattern if isinstance(pattern, (list, tuple)) else ()
+
+
+def _variables(pattern: Any) -> Iterator[Variable]:
+    if isinstance(pattern, Variable):
+        yield pattern
+    for child in _children(pattern):
+        yield from _variables(child)
+
+
+def _size(pattern: Any) -> int:
+    sizes = list(map(_size, _children(pattern)))
+    return max(sizes) if isinstance(pattern, AnyOf) else sum(sizes) + isinstance(pattern, Call)
+
+
+def _depth(pattern: Any) -> int:
+    return max(map(_depth, _children(pattern)), default=0) + isinstance(pattern, Call)
+
+
+def _required(root: Call) -> frozenset[int]:
+    """The targets that must be among the operands of the root: a set comparison rejects most nodes."""
+    return frozenset(id(child.op.target) for child in root.args if isinstance(child, Call))
+
+
+# -- congruence -----------------------------------------------------------------------------------------------
+
+
+def congruent(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two operands are one value: one node, equal literals, or pure calls of congruent operands."""
+    if a is b:
+        return True
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return len(a) == len(b) and all(map(congruent, a, b, [depth] * len(a)))
+        return type(a) is type(b) and bool(a == b)
+    if a.op == "get_attr" == b.op:
+        return a.target == b.target
+    if a.op != "call_function" or a.target is not b.target or not depth or not is_pure(a.target):
+        return False
+    return congruent(normal(a), normal(b), depth - 1)
+
+
+# -- the writer -----------------------------------------------------------------------------------------------
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor)
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+_CHECKS = {
+    "tensor": "is_tensor({0})",
+    "weight": "is_weight({0})",
+    "optional weight": "({0} is None or is_weight({0}))",
+    "scalar": "is_scalar({0})",
+}
+
+
+class _Writer:
+    """Writes the function of one pattern: conditions nest to the right, so that falling out of one is backtracking."""
+
+    def __init__(self, variables: tuple[Variable, ...], roots: tuple[Any, ...], explain: bool) -> None:
+        self.variables, self.roots, self.explain = variables, roots, explain
+        self.lines: list[str] = []
+        self.globals: dict[str, Any] = {
+            "Node": fx.Node, "Found": Found, "normal": normal, "congruent": congruent,
+            "is_tensor": _is_tensor, "is_scalar": _is_scalar,
+        }  # fmt: skip
+        self.fresh = 0
+
+    def function(self) -> Matcher:
+        self.lines = ["def match(n, is_weight, note=None):"]
+        root = self.roots[0]
+        self.solve(((root, "n", ""),), {}, (), self.roots[1:], 1, 0)
+        source = "\n".join(self.lines)
+        try:
+            exec(compile(source, "<pattern>", "exec"), self.globals)
+        except SyntaxError as error:
+            raise PatternError(f"the pattern is too large: {error.msg}", hint="split the rule in two") from error
+        matcher: Matcher = self.globals["match"]
+        return matcher
+
+    # A goal is a pattern, the expression it must match, and the rule's line that asks for it. ``bound`` maps what is
+    # matched to its expression (by id: patterns live in self.roots); ``twins`` pairs expressions found congruent.
+    def solve(self, goals: tuple[tuple[Any, str, str], ...], bound: dict[int, str], twins: tuple[tuple[str, str], ...],
+              later: tuple[Any, ...], indent: int, depth: int) -> None:  # fmt: skip
+        if not goals:
+            if later:
+                self.next_root(bound, twins, later, indent, depth)
+            else:
+                self.write(indent, f"yield Found({self.result(bound, twins)})")
+            return
+        index = min(range(len(goals)), key=lambda i: self.rank(goals[i][0], bound))
+        (pattern, at, source), rest = goals[index], goals[:index] + goals[index + 1 :]
+
+        if id(pattern) in bound and isinstance(pattern, (Variable, Call, AnyOf)):
+            first = bound[id(pattern)]
+            self.write(indent, f"if {at} is {first} or congruent({at}, {first}):")
+            self.solve(rest, bound, (*twins, (at, first)), later, indent + 1, depth)
+            self.otherwise(pattern, at, source, indent, depth)
+        elif isinstance(pattern, Variable):
+            check = _CHECKS.get(pattern.kind, "").format(at)
+            name = self.name("v")
+            if check:
+                self.write(indent, f"if {check}:")
+            inner = indent + bool(check)
+            self.write(inner, f"{name} = {at}")
+            self.solve(rest, {**bound, id(pattern): name}, twins, later, inner, depth)
+            if check:
+                self.otherwise(pattern, at, source, indent, depth)
+        elif isinstance(pattern, AnyOf):
+            for alternative in pattern.alternatives:
+                self.solve(((alternative, at, source), *rest), {**bound, id(pattern): at}, twins, later, indent, depth)
+        elif isinstance(pattern, Call):
+            self.write(indent, f"if {at}.__class__ is Node and {at}.target is {self.constant(pattern.op.target)}:")
+            args = self.name("a")
+            self.write(indent + 1, f"{args} = normal({at})")
+            names = tuple(self.name("n") for _ in pattern.args)
+            inner = self.unpack(pattern, names, args, indent + 1)
+            arguments = tuple((arg, name, pattern.source) for arg, name in zip(pattern.args, names, strict=True))
+            self.solve(arguments + rest, {**bound, id(pattern): at}, twins, later, inner, depth + 1)
+            self.otherwise(pattern, at, pattern.source, indent, depth)
+        elif isinstance(pattern, (list, tuple)) and any(isinstance(p, (Variable, Call, AnyOf)) for p in pattern):
+            self.write(indent, f"if isinstance({at}, (list, tuple)) and len({at}) == {len(pattern)}:")
+            elements = tuple((p, f"{at}[{i}]", source) for i, p in enumerate(pattern))
+            self.solve(elements + rest, bound, twins, later, indent + 1, depth)
+            self.otherwise(pattern, at, source, indent, depth)
+        else:
+            self.write(indent, f"if {self.literal(pattern, at)}:")
+            self.solve(rest, bound, twins, later, indent + 1, depth)
+            self.otherwise(pattern, at, source, indent, depth)
+
+    def rank(self, pattern: Any, bound: dict[int, str]) -> int:
+        """What rejects soonest goes first: literals, what is bound already, ops, then wildcards."""
+        if isinstance(pattern, (Variable, Call, AnyOf)) and id(pattern) in bound:
+            return 1
+        if isinstance(pattern, Call):
+            return 2
+        if isinstance(pattern, AnyOf):
+            return 3
+        return 4 if isinstance(pattern, Variable) else 0
+
+    def unpack(self, pattern: Call, names: tuple[str, ...], args: str, indent: int) -> int:
+        """Write the assignment of a call's arguments; a commutative pair is a loop over both orders."""
+        if not pattern.op.commutative or pattern.args[0] is pattern.args[1]:
+            if names:
+                self.write(indent, f"{', '.join(names)}, = {args}")
+            return indent
+        left, right, *others = names
+        for i, other in enumerate(others, 2):
+            self.write(indent, f"{other} = {args}[{i}]")
+        self.write(indent, f"for {left}, {right} in (({args}[0], {args}[1]), ({args}[1], {args}[0])):")
+        return indent + 1
+
+    def next_root(self, bound: dict[int, str], twins: tuple[tuple[str, str], ...], later: tuple[Any, ...],
+                  indent: int, depth: int) -> None:  # fmt: skip
+        """A sibling is found upwards, through the readers of something already bound."""
+        root, rest = later[0], later[1:]
+        path = self.path(root, bound)
+        if path is None:
+            raise PatternError("a further root shares nothing with the first", where=getattr(root, "source", None))
+        known, *calls = path
+        at = bound[id(known)]
+        for call in calls:
+            user = self.name("u")
+            self.write(indent, f"for {user} in tuple({at}.users) if {at}.__class__ is Node else ():")
+            self.write(indent + 1, f"if {user}.target is {self.constant(call.op.target)}:")
+            indent, at = indent + 2, user
+        taken = [bound[id(r)] for r in self.roots if id(r) in bound and r is not root]
+        self.write(indent, f"if {' and '.join(f'{at} is not {other}' for other in taken) or 'True'}:")
+        self.solve(((root, at, ""),), bound, twins, rest, indent + 1, depth)
+
+    def path(self, pattern: Any, bound: dict[int, str]) -> list[Any] | None:
+        """From something bound up to ``pattern``, through ops only."""
+        if id(pattern) in bound:
+            return [pattern]
+        if isinstance(pattern, Call):
+            below = [p for p in (self.path(child, bound) for child in pattern.args if isinstance(child, (Variable, Call))) if p]
+            return [*min(below, key=len), pattern] if below else None
+        return None
+
+    # -- text --
+
+    def result(self, bound: dict[int, str], twins: tuple[tuple[str, str], ...]) -> str:
+        values = [bound.get(id(v), "None") for v in self.variables]
+        calls = {bound[id(p)]: None for root in self.roots for p in _calls(root) if id(p) in bound}  # a set in order
+        pairs = [f"({other}, {first})" for other, first in twins]
+        groups = (values, [bound[id(root)] for root in self.roots], list(calls), pairs)
+        return ", ".join(f"({''.join(f'{x}, ' for x in group)})" for group in groups)
+
+    def literal(self, pattern: Any, at: str) -> str:
+        if pattern is None or isinstance(pattern, bool):
+            return f"{at} is {pattern}"
+        if isinstance(pattern, (list, tuple)):
+            return f"isinstance({at}, (list, tuple)) and list({at}) == {self.constant(list(pattern))}"
+        return f"{at} == {self.constant(pattern)}"
+
+    def otherwise(self, pattern: Any, at: str, source: str, indent: int, depth: int) -> None:
+        if self.explain:
+            self.write(indent, "else:")
+            self.write(indent + 1, f"note({depth}, {source!r}, {self.constant(pattern)}, {at})")
+
+    def constant(self, value: Any) -> str:
+        name = self.name("K")
+        self.globals[name] = value
+        return name
+
+    def name(self, letter: str) -> str:
+        self.fresh += 1
+        return f"{letter}{self.fresh}"
+
+    def write(self, indent: int, text: str) -> None:
+        self.lines.append(" " * indent + text)
+
+
+def _calls(pattern: Any) -> Iterator[Any]:
+    if isinstance(pattern, Call):
+        yield pattern
+    for child in _children(pattern):
+        yield from _calls(child)

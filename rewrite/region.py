@@ -1,0 +1,266 @@
+"""One application, held to its claim: the old nodes and the new ones, run in float64 on the same random inputs.
+
+    |new(z) - old(z)| ≤ 1e-12 |old(z)|   and the same for the gradients of a random projection
+
+The inputs are what both sides read: runtime values are drawn from their metadata (symbols become small distinct
+sizes), weights are the user's own, as expressions over float64 leaves, so that gradients meet at the leaves. Some rows
+are a hundred times smaller than the others: an epsilon in the wrong place shows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from .claims import Claim
+from .emit import Editor
+from .errors import ClaimBroken
+from .shapes import Size, key
+from .weights import Apply, Expression, Leaf, evaluate, leaves
+
+TOLERANCE = {"bitwise": 0.0, "equal": 1e-12}
+_SIZES = ((4, 6, 8, 10, 12, 14), (7, 5, 9, 11, 13, 3))
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A piece of the graph: its nodes in order, what it returns, and nodes to be read as others."""
+
+    nodes: tuple[fx.Node, ...]
+    roots: tuple[fx.Node, ...]
+    twins: Mapping[fx.Node, fx.Node]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What the region reads, each once, in order."""
+        inside, found = set(self.nodes), dict[fx.Node, None]()
+        for operand in (operand for node in (*self.nodes, *self.roots) for operand in (node, *node.all_input_nodes)):
+            operand = self.twins.get(operand, operand)
+            if operand not in inside:
+                found[operand] = None
+        return tuple(found)
+
+
+def region_between(roots: tuple[fx.Node, ...], frontier: set[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> Region:
+    """Everything from ``roots`` down to ``frontier``."""
+    order: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in order or node in frontier or node in twins or node.op != "call_function":
+            return
+        for operand in node.all_input_nodes:
+            visit(operand)
+        order[node] = None
+
+    for root in roots:
+        visit(root)
+    return Region(tuple(order), roots, twins)
+
+
+# -- one region, one question ---------------------------------------------------------------------------------
+
+
+def signature(old: Region, new: Region, editor: Editor) -> Hashable:
+    """What the check depends on but the values of the weights: equal for the same rewrite in another layer."""
+    number: dict[Any, int] = {}
+
+    def index(x: Any) -> int:
+        return number.setdefault(x, len(number))
+
+    inputs = dict.fromkeys((*old.inputs, *new.inputs))
+    metas = tuple((index(node), _describe(node, editor, index)) for node in inputs)
+    return metas, *(_spell(region, index) for region in (old, new))
+
+
+def _describe(node: fx.Node, editor: Editor, index: Callable[[Any], int]) -> Hashable:
+    meta = editor.metadata.key(node.meta.get("val"))
+    expression = editor.expression(node)
+    return (meta, _shape_of(expression, editor, index)) if expression is not None else meta
+
+
+def _shape_of(x: Any, editor: Editor, index: Callable[[Any], int]) -> Hashable:
+    if isinstance(x, Leaf):
+        leaf = editor.program.weights.leaves[x.name]
+        return ("leaf", index(x), tuple(leaf.shape), leaf.dtype)
+    if isinstance(x, Apply):
+        return (id(x.target), _shape_of(x.args, editor, index), _shape_of(x.kwargs, editor, index))
+    return tuple(_shape_of(y, editor, index) for y in x) if isinstance(x, tuple) else x
+
+
+def _spell(region: Region, index: Callable[[Any], int]) -> Hashable:
+    def plain(x: Any) -> Hashable:
+        if isinstance(x, fx.Node):
+            return ("node", index(region.twins.get(x, x)))
+        if isinstance(x, (list, tuple)):
+            return tuple(map(plain, x))
+        return (x.__class__, x)
+
+    calls = tuple(
+        (index(n), id(n.target), plain(n.args), tuple((k, plain(v)) for k, v in n.kwargs.items()) if n.kwargs else ())
+        for n in region.nodes
+    )
+    return calls, tuple(map(index, region.roots))
+
+
+# -- running both sides ---------------------------------------------------------------------------------------
+
+
+def hold(claim: Claim, old: Region, new: Region, editor: Editor) -> float | None:
+    """The worst relative error of ``new`` against ``old`` in float64; None if the claim promises nothing measurable.
+
+    Raises:
+        ClaimBroken: the error is beyond what the claim allows, or the old side cannot be run.
+    """
+    if claim.forward == "free":
+        return None
+    sample = _run_old(old, new, editor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            outputs = _run(new, sample.values)
+        except Exception as error:
+            raise ClaimBroken(f"the rewritten region does not run: {str(error).splitlines()[0]}") from error
+    forward = max(map(relative_error, outputs, sample.outputs), default=0.0)
+    _judge("forward", forward, claim.forward, claim)
+    if claim.gradient not in ("equal", "bitwise"):
+        return forward
+    backward = _gradient_error(sample, outputs)
+    _judge("gradient", backward, claim.gradient, claim)
+    return max(forward, backward)
+
+
+def _judge(what: str, error: float, promise: str, claim: Claim) -> None:
+    if not error <= TOLERANCE.get(promise, float("inf")):
+        raise ClaimBroken(f"the claim '{claim.name}' does not hold here: {what} differs by {error:.1e} (relative, in float64)")
+
+
+@dataclass
+class _Sample:
+    values: dict[fx.Node, Any]
+    variables: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _run_old(old: Region, new: Region, editor: Editor) -> _Sample:
+    inputs = tuple(dict.fromkeys((*old.inputs, *new.inputs)))
+    problem: Exception | None = None
+    for sizes in _SIZES:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            values, variables = _draw_all(inputs, sizes, editor)
+            torch.manual_seed(0)
+            try:
+                return _Sample(values, variables, _run(old, values))
+            except Exception as error:
+                problem = error
+    raise ClaimBroken(f"the region could not be run to check it: {str(problem).splitlines()[0]}") from problem
+
+
+def _run(region: Region, inputs: Mapping[fx.Node, Any]) -> list[Tensor]:
+    values = dict(inputs)
+    read = lambda x: values[region.twins.get(x, x)]  # noqa: E731
+    with torch.enable_grad():
+        for node in region.nodes:
+            args, kwargs = map_aggregate(fx.node.map_arg((node.args, node.kwargs), read), _promote)  # type: ignore[misc]
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return [values[root] for root in region.roots]
+
+
+def _promote(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    return torch.float64 if isinstance(x, torch.dtype) and x in _FLOATS else x
+
+
+def _draw_all(inputs: Sequence[fx.Node], sizes: tuple[int, ...], editor: Editor) -> tuple[dict[fx.Node, Any], list[Tensor]]:
+    bindings: dict[Any, int] = {}
+    expressions = {node: editor.expression(node) for node in inputs}
+    names = dict.fromkeys(name for e in expressions.values() if e is not None for name in leaves(e))
+    leaf = {name: _leaf(editor.program.weights.leaves[name]) for name in names}
+    values = {node: _value(node, expression, leaf, bindings, sizes, editor) for node, expression in expressions.items()}
+    drawn = [v for n, v in values.items() if expressions[n] is None]
+    return values, [t for t in (*drawn, *leaf.values()) if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    tensor = torch.randn(tensor.shape) if tensor.is_meta else tensor.detach()
+    return tensor.to("cpu", torch.float64).clone().requires_grad_() if tensor.is_floating_point() else tensor.cpu()
+
+
+def _value(node: fx.Node, expression: Expression | None, leaf: Mapping[str, Tensor], bindings: dict[Any, int],
+           sizes: tuple[int, ...], editor: Editor) -> Any:  # fmt: skip
+    if expression is not None:
+        return evaluate(expression, leaf.__getitem__)
+    if node.op == "get_attr" and "val" not in node.meta:
+        return editor.program.training.get(str(node.target).removesuffix("training").removesuffix("."), False)
+    return map_aggregate(node.meta["val"], lambda x: _draw(x, bindings, sizes))
+
+
+def _draw(x: Any, bindings: dict[Any, int], sizes: tuple[int, ...]) -> Any:
+    def size(s: Size) -> int:
+        return s if isinstance(s, int) else _bind(key(s), bindings, sizes)
+
+    if isinstance(x, torch.SymInt):
+        return size(x)
+    if not isinstance(x, Tensor):
+        return x
+    shape = [size(s) for s in x.shape]
+    if x.dtype is torch.bool:
+        return torch.rand(shape) > 0.5
+    if not x.is_floating_point():
+        return torch.randint(0, 2, shape, dtype=x.dtype)
+    drawn = torch.randn(shape, dtype=torch.float64) + 0.3
+    if len(shape) > 1:
+        drawn = drawn * torch.where(torch.rand([*shape[:-1], 1]) > 0.5, 1.0, 1e-2)
+    return drawn.requires_grad_()
+
+
+def _bind(expression: Any, bindings: dict[Any, int], sizes: tuple[int, ...]) -> int:
+    for symbol in sorted(expression.free_symbols, key=str):
+        bindings.setdefault(symbol, sizes[len(bindings) % len(sizes)])
+    return int(expression.subs(bindings))
+
+
+# -- comparing ------------------------------------------------------------------------------------------------
+
+
+def relative_error(new: Any, old: Any, floor: float = 0.0) -> float:
+    """The largest difference over the largest magnitude; 0 where both are equal, NaN and infinities included."""
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return 0.0 if isinstance(new, type(old)) else float("inf")
+    if new.shape != old.shape:
+        return float("inf")
+    if old.numel() == 0 or torch.equal(new, old):
+        return 0.0
+    new, old = new.detach().double(), old.detach().double()
+    alike = (new == old) | (new.isnan() & old.isnan())
+    gap = torch.where(alike, 0.0, (new - old).abs())
+    scale = max(float(old[old.isfinite()].abs().max()) if bool(old.isfinite().any()) else 0.0, floor)
+    worst = float(gap.max())
+    return worst / scale if scale and worst == worst else float("inf")
+
+
+def _gradient_error(sample: _Sample, outputs: Sequence[Tensor]) -> float:
+    pairs = [(o, n) for o, n in zip(sample.outputs, outputs, strict=True) if o.is_floating_point() and o.requires_grad]
+    if not pairs or not sample.variables:
+        return 0.0
+    if any(not n.requires_grad for _, n in pairs):
+        return float("inf")
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, dtype=o.dtype, generator=generator) for o, _ in pairs]
+    old, new = (
+        torch.autograd.grad([pair[side] for pair in pairs], sample.variables, weights, allow_unused=True) for side in (0, 1)
+    )
+    filled = [
+        tuple(torch.zeros_like(v) if g is None else g for g in (o, n))
+        for v, o, n in zip(sample.variables, old, new, strict=True)
+    ]
+    # A gradient that is zero over the reals is rounding noise: it is measured against the others.
+    floor = 1e-3 * max(float(o.abs().max()) if o.numel() else 0.0 for o, _ in filled)
+    return max(relative_error(n, o, floor) for o, n in filled)
