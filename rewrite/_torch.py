@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +30,7 @@ __all__ = [
     "pytree",
     "quiet_fakes",
     "set_grad_enabled_region",
+    "size_functions",
     "statically_known_true",
     "storage_key",
     "unlifted_module",
@@ -36,6 +38,9 @@ __all__ = [
 
 set_grad_enabled_region: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 autocast_region: Any = torch.ops.higher_order.wrap_with_autocast
+
+# The functions that a condition of ``guards_of`` may call: floor division, modulus, maximum, ...
+size_functions: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf}
 
 
 def unlifted_module(exported: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -7,32 +7,277 @@ at the sizes of the example and at other batch sizes and lengths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ._torch import pytree
+from ._torch import guards_of
 from .build import build
 from .canonical import canonicalize
-from .export import PREFIX, automatic_sizes, export
+from .errors import CaptureError, Refused, UsageError
+from .example import Call, agrees, call_of, resized, trials_of
+from .export import PREFIX, Sizes, automatic_sizes, export, given_sizes
 from .functional import functionalize
+from .modes import merge
 from .program import Program
-from .record import clone_leaves, record, register_caches, register_classes
+from .record import record, undisturbed
+from .shapes import static
 from .signature import Signature
+
+_MODES = ("auto", "eval", "train", "both")
 
 
 def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
             dynamic_shapes: Any = "auto", mode: str = "auto") -> Program:
-    kwargs = dict(kwargs or {})
-    register_caches(model)
-    register_classes((tuple(args), kwargs))
-    args, kwargs = clone_leaves((tuple(args), kwargs))
-    recording = record(model, args, kwargs)
-    leaves, in_spec = pytree.tree_flatten((tuple(args), kwargs))
-    sizes = automatic_sizes(leaves)
-    exported = export(model, leaves, in_spec, sizes)
-    signature = Signature.of(model.forward, type(model).__name__, args, kwargs, recording.out_spec)
-    program = build(exported, model, PREFIX, signature, leaves)
+    """The program that ``model(*args, **kwargs)`` runs.
+
+    Args:
+        model: any module. It is afterwards what it was, bit for bit, whether the capture succeeds or raises; the
+            program shares its weights.
+        args, kwargs: an example call. Tensors may be of any shape the model takes.
+        dynamic_shapes: "auto" keeps batch sizes and sequence lengths symbolic where the model allows it; None fixes
+            the sizes of the example; anything else is passed to ``torch.export``.
+        mode: "eval" or "train" for one mode, "both" for a program that reads the ``training`` flags of the modules,
+            "auto" for the mode the model is in.
+
+    Raises:
+        UsageError: the model or the example cannot be right; the sentence says why.
+        CaptureError: the forward does what a graph cannot; with the user's line, what to try, and the largest
+            submodules that can be captured (see ``capture_parts``).
+
+    Example:
+        >>> program = capture(torch.nn.Linear(4, 2), (torch.randn(3, 4),))
+        >>> program.count(torch.ops.aten.linear.default), program.notes
+        (1, [])
+    """
+    if mode not in _MODES:
+        raise UsageError(f"there is no mode {mode!r}", hint=f"one of {', '.join(_MODES)}")
+    call = call_of(model, args, {} if kwargs is None else kwargs, resolve=mode == "auto")
+    try:
+        return _capture(call, dynamic_shapes, mode)
+    except CaptureError as error:
+        parts = _exportable(call)
+        if not parts:
+            raise
+        raise CaptureError(
+            f"{error.what}\n  can be captured: {', '.join(parts)}", where=error.where,
+            hint=f"{error.hint}; or capture_parts(model, args, kwargs), which captures those submodules",
+        ) from error.__cause__
+
+
+def capture_parts(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
+                  dynamic_shapes: Any = "auto") -> dict[str, Program]:
+    """The largest submodules of ``model`` that can be captured, by path; ``{"": program}`` if the whole can.
+
+    A submodule is captured with the inputs of its first call in ``model(*args, **kwargs)``, in the mode it is in.
+
+    Raises:
+        UsageError: as for ``capture``.
+        CaptureError: nothing in the model can be captured.
+    """
+    call = call_of(model, args, {} if kwargs is None else kwargs, resolve=False)
+    found: dict[str, Program] = {}
+    for path, part in _descend(call):
+        found[path] = _capture(part, dynamic_shapes, "auto")
+    if not found:
+        raise CaptureError(f"no submodule of {type(model).__name__} can be captured")
+    return found
+
+
+# -- one capture ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One way to try an export: which sizes are symbolic, on which leaves."""
+
+    leaves: Sequence[Any]
+    sizes: Sequence[Sizes]
+    oblivious: bool = False
+    fixed: bool = False
+
+
+def _capture(call: Call, dynamic_shapes: Any, mode: str) -> Program:
+    if mode != "both":
+        with undisturbed(call.model):
+            if mode != "auto" and call.model.training != (mode == "train"):
+                call.model.train(mode == "train")
+            program = _best(call, dynamic_shapes, both=False)
+            program.mode = "train" if call.model.training else "eval"
+            return program
+    try:
+        return _best(call, dynamic_shapes, both=True)
+    except Refused as refusal:
+        program = _capture(call, dynamic_shapes, "auto")
+        program.notes.insert(0, f"captured for {program.mode} mode only: {refusal}")
+        return program
+
+
+def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
+    """The first capture that computes what the model computes at every trial, or the one that does at most of them."""
+    trials = [trials_of(call, training) for training in ((True, False) if both else (None,))]
+    best, most, failure = None, -1, None
+    for plan in _plans(call, dynamic_shapes):
+        try:
+            program = _attempt(call, plan, both)
+        except CaptureError as error:
+            failure = failure or error
+            if error.what.find("values of a tensor") >= 0:
+                break
+            continue
+        verdicts = [agrees(program, trial) for group in trials for trial in group]
+        if False in verdicts:
+            failure = failure or _wrong(call)
+            continue
+        if verdicts.count(True) > most:
+            best, most = program, verdicts.count(True)
+        if most == len(verdicts):
+            break
+    if best is None:
+        assert failure is not None
+        raise failure
+    best.notes = [*_notes(call), *_size_notes(best, call, dynamic_shapes)]
+    return best
+
+
+def _plans(call: Call, dynamic_shapes: Any) -> Iterator[_Plan]:
+    leaves = call.leaves
+    if dynamic_shapes not in ("auto", None, "static"):
+        yield _Plan(leaves, given_sizes(call.model, call.args, call.kwargs, dynamic_shapes))
+        return
+    fixed = _Plan(leaves, [None] * len(leaves), fixed=True)
+    if dynamic_shapes == "auto" and any(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
+        # A size of 1 would be taken for a constant.
+        larger = resized(call, batch=2) if call.batch == 1 else None
+        leaves = larger or leaves
+        sizes = automatic_sizes(leaves, call.length, call.cached)
+        yield _Plan(leaves, sizes)
+        yield _Plan(leaves, sizes, oblivious=True)
+        if any(size is not None and len(size) > 1 for size in sizes):
+            yield _Plan(leaves, [{0: size[0]} if size else None for size in sizes])  # type: ignore[index]
+    yield fixed
+
+
+def _attempt(call: Call, plan: _Plan, both: bool) -> Program:
+    if both:
+        flags = {path: module.training for path, module in call.model.named_modules()}
+        train, evaluated = (_raw(call, plan, training) for training in (True, False))
+        conditions = dict.fromkeys((*train.signature.conditions, *evaluated.signature.conditions))
+        program = merge(train, evaluated, flags)
+        program.signature = dataclasses.replace(program.signature, conditions=tuple(conditions))
+    else:
+        program = _raw(call, plan, None)
     functionalize(program)
     return canonicalize(program)
+
+
+def _raw(call: Call, plan: _Plan, training: bool | None) -> Program:
+    """The program as exported, with every module in the given mode (None: each in the mode it is in)."""
+    with call.in_mode(training):
+        exported = export(call.model, plan.leaves, call.in_spec, plan.sizes, oblivious=plan.oblivious)
+        recording = call.recording
+        signature = Signature.of(call.model.forward, type(call.model).__name__, call.args, call.kwargs, recording.out_spec)
+        program = build(exported, call.model, PREFIX, signature, call.leaves)
+    program.signature = dataclasses.replace(signature, conditions=(*_branches(exported), *_fixed(program)))
+    return program
+
+
+# -- what sizes a program is for ------------------------------------------------------------------------------
+
+
+def _branches(exported: torch.export.ExportedProgram) -> Iterator[str]:
+    """The conditions on symbolic sizes that the forward asked about."""
+    for guard in guards_of(exported):
+        yield guard.replace("L['leaves']", "leaves")
+
+
+def _fixed(program: Program) -> Iterator[str]:
+    """The sizes of the inputs that are the same in every call."""
+    for index, node in enumerate(program.placeholders):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not node.users:
+            continue
+        for dim, size in enumerate(value.shape):
+            if static(size) is not None:
+                yield f"leaves[{index}].size()[{dim}] == {static(size)}"
+
+
+# -- what the report says -------------------------------------------------------------------------------------
+
+
+def _notes(call: Call) -> Iterator[str]:
+    for effect in call.recording.effects:
+        yield f"the forward changes {effect}; the program does not"
+    for path, module in call.model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            yield f"the backward hooks of '{path or type(module).__name__}' are not part of the program"
+
+
+def _size_notes(program: Program, call: Call, dynamic_shapes: Any) -> Iterator[str]:
+    if dynamic_shapes != "auto":
+        return
+    for name, node, size in zip(call.names, program.placeholders, automatic_sizes(call.leaves, call.length, call.cached), strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not size or not node.users:
+            continue
+        for dim in size:
+            if static(value.shape[dim]) is not None:
+                yield f"dimension {dim} of '{name}' is fixed to {value.shape[dim]}"
+
+
+def _wrong(call: Call) -> CaptureError:
+    return CaptureError(
+        f"the captured graph does not compute what {type(call.model).__name__} computes in eager mode",
+        hint="look for state the forward reads and changes, for randomness outside of torch, and for numpy in the forward",
+    )
+
+
+# -- parts ----------------------------------------------------------------------------------------------------
+
+
+def _exportable(call: Call) -> list[str]:
+    """The paths of the largest submodules that can be exported; for an error message, so nothing here raises."""
+    try:
+        return [path for path, _ in _descend(call) if path]
+    except Exception:
+        return []
+
+
+def _descend(call: Call) -> Iterator[tuple[str, Call]]:
+    recording = record(call.model, call.args, call.kwargs, keep_inputs=True)
+    known: dict[Any, bool] = {}
+    pending = [""]
+    while pending:
+        path = pending.pop(0)
+        module = call.model.get_submodule(path)
+        if path in recording.inputs:
+            part = call if not path else _part(module, *recording.inputs[path])
+            if part is not None and _can_export(part, known):
+                yield path, part
+                continue
+        pending = [".".join(filter(None, (path, name))) for name, _ in module.named_children()] + pending
+
+
+def _part(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    try:
+        return call_of(module, args, kwargs, resolve=False)
+    except (CaptureError, UsageError):
+        return None
+
+
+def _can_export(part: Call, known: dict[Any, bool]) -> bool:
+    """Equal siblings (class, weights and inputs of equal shapes) are tried once."""
+    shapes = [tuple(p.shape) for p in part.model.parameters()]
+    inputs = [tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in part.leaves]
+    key = (type(part.model), str(part.model), str(shapes), str(inputs))
+    if key not in known:
+        try:
+            _attempt(part, _Plan(part.leaves, [None] * len(part.leaves)), both=False)
+            known[key] = True
+        except CaptureError:
+            known[key] = False
+    return known[key]

@@ -59,15 +59,29 @@ def export(model: nn.Module, leaves: Sequence[Any], in_spec: Any, sizes: Sequenc
 # -- which sizes are dynamic ----------------------------------------------------------------------------------
 
 
-def automatic_sizes(leaves: Sequence[Any], *, batch_only: bool = False) -> list[Sizes]:
-    """Every dim of ``[batch, sequence]`` leaves (integers, masks), the first dim of the others."""
-    return [_automatic(leaf, batch_only) if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
+def automatic_sizes(leaves: Sequence[Any], length: int | None, cached: Sequence[bool]) -> list[Sizes]:
+    """The first size of every leaf, and every size that is the length of a sequence.
+
+    Args:
+        length: the second size of the ``[batch, sequence]`` integers among the leaves, None if there are none.
+        cached: for every leaf, whether it is part of a cache: its length is another one.
+    """
+    return [
+        _automatic(leaf, length, inside) if isinstance(leaf, Tensor) and leaf.dim() else None
+        for leaf, inside in zip(leaves, cached, strict=True)
+    ]
 
 
-def _automatic(leaf: Tensor, batch_only: bool) -> Sizes:
-    tokens = leaf.dim() == 2 and (not leaf.is_floating_point()) and not leaf.is_complex()
-    dims = range(leaf.dim()) if tokens and not batch_only else range(1)
-    return dict.fromkeys(dims, torch.export.Dim.AUTO)
+def _automatic(leaf: Tensor, length: int | None, cached: bool) -> Sizes:
+    tokens = leaf.dim() == 2 and not leaf.is_floating_point() and not leaf.is_complex()
+    dims = {0}
+    if tokens:
+        dims.add(1)
+    if length is not None and length > 1:
+        dims.update(dim for dim in range(1, leaf.dim()) if leaf.shape[dim] == length)
+    if cached and leaf.dim() == 4:
+        dims.add(2)
+    return dict.fromkeys(sorted(dims), torch.export.Dim.AUTO)
 
 
 def given_sizes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], spec: Any) -> list[Sizes]:

@@ -6,14 +6,17 @@ name, in any order, defaults spelled or left out. Anything else gets one sentenc
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._torch import pytree
+from ._torch import pytree, size_functions
 from .errors import UsageError
 
 _REQUIRED = inspect.Parameter.empty
@@ -40,6 +43,8 @@ class Signature:
         out_spec: the tree of the output; it rebuilds dataclasses and Hugging Face outputs.
         constants: the captured leaves that are no tensors (index to value); a call must repeat them.
         leaf_names: one name per leaf, for messages.
+        conditions: what the sizes of a call must satisfy, as Python over ``leaves[i].size()[k]``: the branches the
+            forward took, and the sizes that are fixed.
     """
 
     owner: str
@@ -50,6 +55,7 @@ class Signature:
     out_spec: Any
     constants: Mapping[int, Any]
     leaf_names: tuple[str, ...]
+    conditions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, forward: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any], out_spec: Any) -> Signature:
@@ -97,7 +103,24 @@ class Signature:
                     f"'{self.leaf_names[index]}' was {constant!r} when {self.owner} was captured; it is {flat[index]!r} now",
                     hint="capture the model again with this value",
                 )
+        self._check_sizes(flat)
         return flat
+
+    def _check_sizes(self, flat: Sequence[Any]) -> None:
+        for index, leaf in enumerate(flat):
+            if index not in self.constants and not isinstance(leaf, torch.Tensor):
+                raise UsageError(f"'{self.leaf_names[index]}' of {self.owner} must be a tensor, not {type(leaf).__name__}")
+        for condition in self.conditions:
+            if not holds(condition, flat):
+                raise UsageError(
+                    f"{self.owner} was captured for inputs with {self.describe(condition)}",
+                    hint="capture the model again with inputs of this size, or with other dynamic_shapes",
+                )
+
+    def describe(self, condition: str) -> str:
+        """A condition for a person: ``x.shape[1] == 7``."""
+        named = re.sub(r"leaves\[(\d+)\]", lambda found: self.leaf_names[int(found[1])], condition)
+        return re.sub(r"\.size\(\)\[(\d+)\]", r".shape[\1]", named)
 
     def _take(self, name: str, given: dict[str, Any]) -> Any:
         if name in given:
@@ -126,6 +149,24 @@ class Signature:
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The user's output object from the graph's outputs."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def holds(condition: str, leaves: Sequence[Any]) -> bool:
+    """Whether a condition over ``leaves`` is true of these inputs; it is false where it cannot be asked.
+
+    Example:
+        >>> holds("leaves[0].size()[1] == 7", [torch.zeros(2, 7)])
+        True
+    """
+    try:
+        return bool(eval(_compiled(condition), dict(size_functions), {"leaves": leaves}))
+    except IndexError:
+        return False
+
+
+@functools.cache
+def _compiled(condition: str) -> types.CodeType:
+    return compile(condition, "<condition>", "eval")
 
 
 def _equal(a: Any, b: Any) -> bool:
