@@ -30,6 +30,10 @@ _LARGE = 4_000_000
 """A weight with more entries that no rewrite edited is held constant: its reader is the same node on both sides."""
 
 
+FLOOR = 1e-3
+"""A gradient far below the block's largest is compared on this share of it: it is a difference of terms of that size."""
+
+
 @dataclass
 class Block:
     """A run of nodes of one program, by name of the path that owns it."""
@@ -165,7 +169,7 @@ def _compare_block(old: Program, new: Program, ours: Block, theirs: Block, value
         floats = (x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad)
         wanted = [*floats, *leaf.given.values()]
         mine, other = (_pull_back([pair[side] for pair in pairs], wanted) for side in (0, 1))
-        floor = max((float(g.abs().max()) for g in mine if g is not None and g.numel()), default=0.0) * 1e-6
+        floor = max((float(g.abs().max()) for g in mine if g is not None and g.numel()), default=0.0) * FLOOR
         for a, b, x in zip(mine, other, wanted, strict=True):
             a, b = (torch.zeros_like(x) if g is None else g for g in (a, b))
             error = float((a - b).abs().max()) / max(float(a.abs().max()), floor) if floor > 0 else relative_error(b, a)

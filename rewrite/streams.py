@@ -142,11 +142,12 @@ class Streams:
         """The most profitable set of norms to convert, with everything that must be centred for it."""
         selection = Selection()
         for norm in self.norms:
-            selection.reward(("centred", self.same_weight(self.wanted(norm))), REWARD)
+            selection.reward(("available", self.same_weight(self.wanted(norm))), REWARD)
         for value in self.values:
             if self.centred_already(value):
                 continue
             centred, available = ("centred", value), ("available", value)
+            selection.implies(centred, available)
             for reader in self.onward[value]:
                 selection.implies(centred, ("centred", reader))
             for carrier in self.carriers(value) or ():
@@ -160,14 +161,20 @@ class Streams:
                 selection.price(available, centred, PRICE)
         chosen = selection.solve()
         values = {value for value in self.values if ("centred", value) in chosen}
-        norms = tuple(norm for norm in self.norms if self.same_weight(self.wanted(norm)) in values)
         at_rest = {value for value in values if self.is_weight(value) and not self.centred_already(value)}
-        runtime: dict[Value, tuple[fx.Node, ...]] = {}
+        norms, runtime = list[fx.Node](), dict[Value, tuple[fx.Node, ...]]()
         for value in self._ordered(values):
             for carrier in self.carriers(value) or () if not self.centred_already(value) else ():
                 if carrier not in values and not self.centred_already(carrier):
                     runtime[carrier] = (*runtime.get(carrier, ()), value.node)
-        return Plan(norms, self._ordered(at_rest), frozenset(values), runtime)
+        for norm in self.norms:
+            wanted = self.same_weight(self.wanted(norm))
+            if ("available", wanted) not in chosen:
+                continue
+            norms.append(norm)
+            if wanted not in values and not self.centred_already(wanted):
+                runtime[wanted] = (*runtime.get(wanted, ()), norm)
+        return Plan(tuple(norms), self._ordered(at_rest), frozenset(values), runtime)
 
     def _ordered(self, values: set[Value]) -> tuple[Value, ...]:
         order = {node: index for index, node in enumerate(self.program.graph.nodes)}

@@ -80,6 +80,8 @@ def centre_at_run_time(editor: Editor, plan: Plan) -> dict[Value, fx.Node]:
     for value, readers in plan.runtime.items():
         op = editor.before(_after(value.node), origin=value.node)
         difference = op.node(op.sub(value.node, op.mean(value.node, [value.axis], True)))
+        difference.meta["origin"] = value.node.meta.get("origin", value.node.name)
+        relate(difference, Centred(value.axis))
         for reader in readers:
             reader.replace_input_with(value.node, difference)
         centred[value] = difference

@@ -1,0 +1,163 @@
+"""Do two models agree? The contract of ``tautomer.verify``, for any two captured programs.
+
+The oracle is the reference promoted to float64. The candidate is run as it is, with the weights it has:
+
+    err(candidate, oracle)  <=  2 err(reference, oracle) + 64 eps      in their own dtype, at several sizes
+
+so nobody chooses a tolerance: the candidate may not be less accurate than what there was. Gradients, when asked for,
+are compared in float64 through the candidate's weight map if it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .claims import Claim
+from .errors import ClaimBroken, UsageError
+from .evidence import GRADIENT, ROUNDING, Evidence, relative_error
+from .gradients import FLOOR
+from .interpret import interpret
+from .program import Program
+from .samples import Sample, samples
+from .verification import allowed
+from .weights import evaluate
+from .weights import leaves as leaves_of
+
+
+def check_equivalence(reference: Program, candidate: Program, claim: Claim, *, gradients: bool = False) -> Evidence:
+    """Check that ``candidate`` keeps ``claim`` towards ``reference``; they must take the same flat inputs.
+
+    Raises:
+        ClaimBroken: the outputs, or the gradients if asked for, do not agree. An AssertionError.
+        UsageError: the two do not take the same inputs or do not give the same number of outputs.
+    """
+    if len(reference.placeholders) != len(candidate.placeholders):
+        raise UsageError(
+            f"{reference.name} takes {len(reference.placeholders)} inputs, {candidate.name} takes {len(candidate.placeholders)}"
+        )
+    worst = original = 0.0
+    sizes, notes = list[str](), list[str]()
+    first: Sample | None = None
+    for sample in samples(reference):
+        try:
+            oracle = _run(reference, sample, torch.float64)
+        except Exception as failure:
+            if first is None:
+                raise
+            notes.append(f"not checked at {sample.sizes}: the reference fails there ({type(failure).__name__})")
+            continue
+        first = first or sample
+        was, now = _compare(reference, candidate, sample, oracle, claim)
+        original, worst = max(original, was), max(worst, now)
+        sizes.append(sample.sizes)
+    gradient, count = None, 0
+    if gradients and first is not None:
+        gradient, count = _compare_gradients(reference, candidate, first, claim)
+    return Evidence(worst, gradient, count, original, worst, tuple(sizes), 0, tuple(notes))
+
+
+@torch.no_grad()
+def _run(program: Program, sample: Sample, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    return interpret(program, sample.inputs, dtype=dtype, noise=False)
+
+
+def _compare(
+    reference: Program, candidate: Program, sample: Sample, oracle: tuple[Any, ...], claim: Claim
+) -> tuple[float, float]:
+    before = _run(reference, sample)
+    try:
+        after = _run(candidate, sample)
+    except Exception as failure:
+        raise ClaimBroken(f"{candidate.name} fails at {sample.sizes}, where {reference.name} runs: {failure}") from failure
+    if len(after) != len(before):
+        raise UsageError(f"{reference.name} gives {len(before)} outputs, {candidate.name} gives {len(after)}")
+    was = now = 0.0
+    for index, (a, b, o) in enumerate(zip(before, after, oracle, strict=True)):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
+            raise ClaimBroken(f"output {index} is {list(a.shape)} {a.dtype} in {reference.name} and {list(b.shape)} {b.dtype} "
+                              f"in {candidate.name}, at {sample.sizes}")  # fmt: skip
+        error_before, error_after = relative_error(a, o), relative_error(b, o)
+        was, now = max(was, error_before), max(now, error_after)
+        floating = isinstance(a, Tensor) and a.is_floating_point()
+        limit = allowed(error_before, a.dtype) if floating else 0.0
+        if claim.forward == "bitwise" and not (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)) and a != b:
+            raise ClaimBroken(f"output {index} is not bit for bit the same at {sample.sizes}; the claim is '{claim.name}'")
+        if claim.exact and not error_after <= limit:
+            raise ClaimBroken(
+                f"output {index} of {candidate.name} is off by {error_after:.1e} at {sample.sizes}; "
+                f"{reference.name} itself is off by {error_before:.1e} there (relative to its float64 oracle)"
+            )
+    return was, now
+
+
+def _compare_gradients(reference: Program, candidate: Program, sample: Sample, claim: Claim) -> tuple[float, int]:
+    """Worst relative gradient error of inputs and of the parameters that both sides have, and how many were compared."""
+    leaves = {
+        name: tensor.detach().to(torch.float64).requires_grad_()
+        for name, tensor in reference.weights.leaves.items()
+        if tensor.is_floating_point() and tensor.requires_grad
+    }
+    mapped = {name: weight for name in candidate.weights if (weight := candidate.weights[name]).edited}
+    mine = _gradients(reference, sample, leaves, lambda name: leaves.get(name))
+    theirs = _gradients(candidate, sample, leaves, lambda name: _shared(reference, candidate, name, leaves))
+    floor = max((float(g.abs().max()) for g in mine.values() if g is not None and g.numel()), default=0.0) * FLOOR
+    worst, count = 0.0, 0
+    for name, a in mine.items():
+        b = theirs[name]
+        if name in leaves and not any(name in (w, *_leaves_of(candidate, w)) for w in candidate.weights):
+            continue  # a parameter the candidate does not have under any form
+        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        scale = max(float(a.abs().max()) if a.numel() else 0.0, floor)
+        error = float((a - b).abs().max()) / scale if scale > 0 else 0.0
+        worst, count = max(worst, error), count + 1
+    dtype = next((t.dtype for t in reference.weights.leaves.values() if t.is_floating_point()), torch.float32)
+    limit = GRADIENT if mapped or dtype is torch.float64 else 4 * ROUNDING * torch.finfo(dtype).eps
+    if claim.gradient in ("bitwise", "equal") and not worst <= limit:
+        raise ClaimBroken(f"gradients of {candidate.name} differ by {worst:.1e} from those of {reference.name}")
+    return worst, count
+
+
+def _gradients(program: Program, sample: Sample, leaves: Mapping[str, Tensor], weight: Any) -> dict[str, Tensor | None]:
+    """Gradients of one fixed random functional of the outputs, in float64, by leaf and input name."""
+    inputs = [
+        x.detach().to(torch.float64).requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in sample.inputs
+    ]
+
+    def value(name: str) -> Tensor:
+        shared = weight(name)
+        return shared if shared is not None else program.weights.value(name, torch.float64)
+
+    outputs = interpret(program, inputs, dtype=torch.float64, weight=value, noise=False)
+    generator = torch.Generator().manual_seed(0)
+    live, cotangents = [], []
+    for output in outputs:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+            if output.requires_grad:
+                live.append(output)
+                cotangents.append(cotangent)
+    names = [n.name for n, x in zip(program.placeholders, inputs, strict=True) if isinstance(x, Tensor) and x.requires_grad]
+    wanted = [*(x for x in inputs if isinstance(x, Tensor) and x.requires_grad), *leaves.values()]
+    found = torch.autograd.grad(live, wanted, cotangents, allow_unused=True) if live and wanted else [None] * len(wanted)
+    keys = [*(f"input {index}" for index, _ in enumerate(names)), *leaves]
+    return dict(zip(keys, found, strict=True))
+
+
+def _shared(reference: Program, candidate: Program, name: str, leaves: Mapping[str, Tensor]) -> Tensor | None:
+    """A weight of the candidate as a function of the reference's leaves, if it is one."""
+    weight = candidate.weights[name]
+    if weight.edited:
+        known = lambda leaf: leaves[leaf] if leaf in leaves else candidate.weights.leaves[leaf].to(torch.float64)  # noqa: E731
+        return evaluate(weight.expression, known)
+    if name in leaves and reference.weights.leaves[name].shape == candidate.weights.leaves[name].shape:
+        return leaves[name] if torch.equal(reference.weights.leaves[name], candidate.weights.leaves[name]) else None
+    return None
+
+
+def _leaves_of(program: Program, name: str) -> tuple[str, ...]:
+    return tuple(leaves_of(program.weights[name].expression))
