@@ -105,9 +105,9 @@ class Axes:
         node, axis = value
         if same(shape(node)[axis], 1):
             return True
-        if node.op == "get_attr" and node.target in self.program.weights:
-            tensor = self.program.weights.value(str(node.target), torch.float64)
-            return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+        if node.op == "get_attr":
+            tensor = self.fixed(node)
+            return tensor is not None and bool((tensor == tensor.narrow(axis, 0, 1)).all())
         if node.op != "call_function":
             return False
         if node.target in _FILLED:
@@ -118,11 +118,19 @@ class Axes:
             return all(self.constant(x, axis, rank(node)) for x in node.all_input_nodes)
         return False
 
+    def fixed(self, node: fx.Node) -> Tensor | None:
+        """The value of a weight that does not train. One that trains is whatever it will be, today's value proves nothing."""
+        weights = self.program.weights
+        if node.target not in weights or weights[str(node.target)].requires_grad:
+            return None
+        return weights.value(str(node.target), torch.float64)
+
     def is_zero(self, x: Any) -> bool:
         """Whether an operand is the number zero, spelled as a literal, a filled tensor or a weight."""
         if isinstance(x, fx.Node):
-            if x.op == "get_attr" and x.target in self.program.weights:
-                return not bool(self.program.weights.value(str(x.target)).any())
+            if x.op == "get_attr":
+                tensor = self.fixed(x)
+                return tensor is not None and not bool(tensor.any())
             return x.op == "call_function" and (x.target in _ZEROS or (x.target in _FULL and call(x)["fill_value"] == 0))
         return bool(x == 0)
 
@@ -341,10 +349,12 @@ def _spatial(dims: int) -> Rule:
 
 
 def _pad(axes: Axes, node: fx.Node, axis: int) -> Carriers:
+    """Zeros around other axes; the amounts come in pairs, last axis first."""
     amounts: Any = node.args[1]
     bound = call(node)
+    behind = 2 * (rank(node) - 1 - axis)
     fills = bound.get("mode", "constant") == "constant" and bound["value"] not in (None, 0, 0.0)
-    return None if fills or axis >= rank(node) - len(amounts) // 2 else (Value(node.args[0], axis),)  # type: ignore[arg-type]
+    return None if fills or any(amounts[behind : behind + 2]) else (Value(node.args[0], axis),)  # type: ignore[arg-type]
 
 
 # -- products: their weights carry the axis --------------------------------------------------------------------
@@ -419,14 +429,6 @@ def _layer_norm(axes: Axes, node: fx.Node, axis: int) -> Carriers:
     return _operands((bound["bias"], 0))
 
 
-def _rms_norm(axes: Axes, node: fx.Node, axis: int) -> Carriers:
-    """x/rms g over the axis keeps zero mean if g is constant. It is NOT blind: only a centred x gives a centred result."""
-    bound = call(node)
-    if axis != rank(node) - 1 or len(bound["normalized_shape"]) != 1 or not axes.constant(bound["weight"], 0, 1):
-        return None
-    return _operands((bound["input"], axis))
-
-
 def _table() -> dict[Any, Rule]:
     rows: list[tuple[Sequence[Any], Rule]] = [
         (tuple(_SAME), _first),
@@ -468,7 +470,6 @@ def _table() -> dict[Any, Rule]:
         ((aten.conv_transpose2d.input,), _conv_transpose(2)),
         ((aten.conv_transpose3d.input,), _conv_transpose(3)),
         ((aten.layer_norm.default,), _layer_norm),
-        ((aten.rms_norm.default,), _rms_norm),
     ]  # fmt: skip
     return {target: rule for targets, rule in rows for target in targets}
 

@@ -209,7 +209,7 @@ def _edited(program: Program, block: Block) -> set[str]:
 
 
 class _Leaves:
-    """Float64 leaves that require gradients, one per storage, shared by both sides."""
+    """Float64 leaves, one per storage, shared by both sides; those that train require gradients."""
 
     def __init__(self, program: Program, edited: set[str]) -> None:
         self.program, self.edited = program, edited
@@ -218,8 +218,8 @@ class _Leaves:
 
     def __call__(self, name: str) -> Tensor:
         tensor = self.program.weights.leaves[name]
-        if not tensor.is_floating_point():
-            return tensor
+        if not tensor.is_floating_point() or not tensor.requires_grad:
+            return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
         identity = (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         large = tensor.numel() > _LARGE and name not in self.edited
         held = self._constant if large else self.given

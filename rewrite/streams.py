@@ -131,10 +131,7 @@ class Streams:
 
     def centred_already(self, value: Value) -> bool:
         """Whether the mean is zero as things are: nothing to edit, and nobody to ask."""
-        if self.is_weight(value):
-            return not bool(self.program.weights.value(str(value.node.target), torch.float64).mean(value.axis).any())
-        found = self.carriers(value)
-        return found == () and value.node.op == "call_function" and value.node.target is aten.layer_norm.default
+        return not self.is_weight(value) and self.carriers(value) == ()
 
     # -- the choice -------------------------------------------------------------------------------------------
 
@@ -271,6 +268,9 @@ def _reads(user: fx.Node, operand: fx.Node) -> int:
     return count
 
 
+_JOINS = {aten.cat.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints}
+
+
 def _observer_phrase(observer: fx.Node, value: Value) -> str:
     """What a reader that sees the mean is doing with the raw stream."""
     if observer.op == "output":
@@ -288,7 +288,7 @@ def _observer_phrase(observer: fx.Node, value: Value) -> str:
         return f"residual dropout at {at} is active in training mode, and what it drops shifts the mean"
     if target in (aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default):
         return f"a linear layer at {at} (a router, gate or head) reads the raw stream"
-    if target in (aten.cat.default, aten.view.default, aten.reshape.default):
+    if target in _JOINS:
         return f"{target_name(observer)} at {at} joins the features of several tokens, whose means can then be told apart"
     if target in (aten.mul.Tensor, aten.div.Tensor):
         return f"a product at {at} scales the features of the stream differently (a gain per channel, or a gate)"
@@ -308,7 +308,7 @@ def _source_phrase(node: fx.Node) -> str:
         return f"residual dropout at {at} is active in training mode, and what it drops shifts the mean"
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return f"a product at {at} scales the features of the stream differently (a gain per channel, or a gate)"
-    if node.target in (aten.cat.default, aten.view.default, aten.reshape.default):
+    if node.target in _JOINS:
         return f"{target_name(node)} at {at} joins the features of several tokens, whose means LayerNorm can tell apart"
     return f"{target_name(node)} at {at} writes the stream, and no edit of a weight centres its result"
 
