@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
+from tautomer.rewrite._torch import size_functions
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode
 from tautomer.rewrite.signature import Signature
@@ -46,11 +47,13 @@ class Rewritten(nn.Module):
 
     code: ClassVar[str]
     _run: Callable[..., tuple[Any, ...]]
+    _conditions: Callable[[Sequence[Any]], tuple[bool, ...]]
 
     def __init__(self, graph: fx.Graph, signature: Signature, inputs: Sequence[Expected | None], mode: Mode) -> None:
         super().__init__()
         self.graph = graph
         self._signature = signature
+        self._binder = replace(signature, conditions=())
         self._inputs = tuple(inputs)
         self._mode: Mode = mode
         self.__class__ = specialised(type(self), graph, signature)
@@ -64,21 +67,27 @@ class Rewritten(nn.Module):
         return super().train(mode)
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        flat = self._signature.bind(args, kwargs)
+        flat = self._binder.bind(args, kwargs)
         check(flat, self._inputs, self._signature.owner)
+        for holds, condition in zip(self._conditions(flat), self._signature.conditions, strict=True):
+            if not holds:
+                raise UsageError(
+                    f"{self._signature.owner} was captured for inputs with {self._signature.describe(condition)}",
+                    hint="capture the model again with inputs of this size",
+                )
         return flat
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        kept = {name: self.__dict__[name] for name in ("_signature", *_HISTORY) if name in self.__dict__}
+        kept = {name: self.__dict__[name] for name in ("_signature", "_binder", *_HISTORY) if name in self.__dict__}
         copied = {name: value for name, value in self.__dict__.items() if name not in kept and name != "graph"}
         twin.__dict__.update(copy.deepcopy(copied, memo), **kept, graph=copy.deepcopy(self.graph, {}))
         return twin
 
     def __reduce__(self) -> Any:
         signature = replace(self._signature, in_spec=plain(self._signature.in_spec), out_spec=plain(self._signature.out_spec))
-        left = ("graph", "_signature", *_HISTORY)
+        left = ("graph", "_signature", "_binder", *_HISTORY)
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         return _revive, (encode_graph(self.graph), signature, self._inputs, self._mode), state
 
@@ -89,19 +98,29 @@ def _revive(graph: list[Any], signature: Signature, inputs: Sequence[Expected | 
 
 
 def specialised(base: type[Rewritten], graph: fx.Graph, signature: Signature) -> type[Rewritten]:
-    """The subclass of ``base`` that computes ``graph``; a traceback through it shows the graph's code."""
+    """The subclass of ``base`` that computes ``graph`` under the conditions of ``signature``, all of it plain Python code
+    that torch.compile can read and a traceback can show."""
     python = graph.python_code("self")
-    source, name = python.src.replace("def forward(", "def run(", 1), f"<tautomer {signature.owner} {next(_count)}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace = dict(python.globals)
-    exec(compile(source, name, "exec"), namespace)
+    source = python.src.replace("def forward(", "def run(", 1)
+    run = _function(source, "run", dict(python.globals), signature.owner)
+    asked = "def conditions(self, leaves):\n    return (" + "".join(f"\n        {x}," for x in signature.conditions) + ")"
+    conditions = _function(asked, "conditions", dict(size_functions), signature.owner)
 
     def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
         return self._signature.unflatten(self._run(*self._bind(args, kwargs)))
 
     forward.__signature__ = python_signature(signature)  # type: ignore[attr-defined]
-    members = {"forward": forward, "_run": namespace["run"], "code": source, "__module__": base.__module__}
+    members = {"forward": forward, "_run": run, "_conditions": conditions, "code": source, "__module__": base.__module__}
     return type(base.__name__, (base,), members)
+
+
+def _function(source: str, name: str, namespace: dict[str, Any], owner: str) -> Callable[..., Any]:
+    """The function ``name`` of ``source``, with its lines where tracebacks look for them."""
+    file = f"<tautomer {owner} {name} {next(_count)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), namespace)
+    function: Callable[..., Any] = namespace[name]
+    return function
 
 
 class Body(fx.GraphModule):

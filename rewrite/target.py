@@ -23,8 +23,8 @@ class Gain:
 
     Attributes:
         pays: the rewritten form is not slower.
-        before_us: one call of the original form, in µs.
-        after_us: one call of the rewritten form, in µs.
+        before_us: one call of the original form, in µs; None where no figure is known.
+        after_us: one call of the rewritten form, in µs; None where no figure is known.
         note: one sentence with both numbers, and where they come from.
 
     Example:
@@ -33,8 +33,8 @@ class Gain:
     """
 
     pays: bool
-    before_us: float
-    after_us: float
+    before_us: float | None
+    after_us: float | None
     note: str
 
     def __str__(self) -> str:

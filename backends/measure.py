@@ -1,0 +1,60 @@
+"""Two programs timed against each other, alternately, so that a machine that slows down slows both: A B A B …"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[Sequence[Any]], Any]
+
+
+def measure(a: Run, b: Run, inputs: Sequence[Any], rounds: int = 20) -> tuple[float, float]:
+    """The median time of one call of ``a(inputs)`` and of ``b(inputs)``, in µs, after one call of each to warm up.
+
+    Example:
+        >>> a, b = measure(lambda xs: sum(xs), lambda xs: sorted(xs), range(1000), rounds=5)
+        >>> a > 0 and b > 0
+        True
+    """
+    wait = torch.cuda.synchronize if any(isinstance(x, Tensor) and x.is_cuda for x in inputs) else _nothing
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad(), _quiet_collector():
+        for run in (a, b):
+            run(inputs)
+        for _ in range(rounds):
+            for run, found in zip((a, b), times, strict=True):
+                wait()
+                start = time.perf_counter()
+                run(inputs)
+                wait()
+                found.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def rounds_within(milliseconds: float, a: Run, b: Run, inputs: Sequence[Any], *, least: int = 3, most: int = 200) -> int:
+    """How many rounds of ``measure(a, b, inputs)`` fit into a time."""
+    first = sum(measure(a, b, inputs, rounds=1))
+    return max(least, min(most, int(milliseconds * 1e3 / max(first, 1.0))))
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """Inside, the garbage collector does not run."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

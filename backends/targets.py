@@ -1,0 +1,191 @@
+"""Where a program can run, and what a rewrite is worth there: measured where that takes milliseconds, recorded where not.
+
+    gain("layer-norm-to-rms-norm") = (time of LayerNorm, time of RMSNorm) at the program's commonest norm shape
+
+In eager PyTorch on a CPU an RMSNorm is several kernels and loses; on ONNX Runtime it is one and wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.samples import symbolic_dims
+from tautomer.rewrite.target import Compiled, Gain, Target
+from torch import Tensor
+
+from .measure import measure, rounds_within
+from .to_onnx import open_session, to_onnx
+from .to_torch import to_torch
+
+NORM = "layer-norm-to-rms-norm"
+_LAYER_NORM = torch.ops.aten.layer_norm.default
+_RMS_NORM = torch.ops.aten.rms_norm.default
+_BUDGET_MS = 40.0
+_LARGEST = 2**20
+_NOISE = 1.05
+_RECORDED = {(1, 128, 768): (46.0, 26.0), (8, 197, 768): (619.0, 392.0)}
+"""µs of one LayerNormalization and one RMSNormalization on ONNX Runtime 1.31, one CPU thread."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The commonest LayerNorm of a program: the shape it sees in the example, and where."""
+
+    shape: tuple[int, ...]
+    dims: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Eager:
+    """PyTorch as it is, on the model's own device."""
+
+    name: str = "eager"
+    device: str | None = None
+
+    def compile(self, program: Program) -> Compiled:
+        module = to_torch(program)
+
+        def run(inputs: Sequence[Any]) -> tuple[Any, ...]:
+            with torch.no_grad():
+                return module._run(*inputs)
+
+        return run
+
+    def gain(self, pass_name: str, program: Program) -> Gain | None:
+        norms = commonest_norm(program) if pass_name == NORM else None
+        return None if norms is None else measured_norms(norms)
+
+
+@dataclass(frozen=True)
+class Inductor:
+    """``torch.compile`` with its default backend, on the model's own device."""
+
+    name: str = "inductor"
+    device: str | None = None
+
+    def compile(self, program: Program) -> Compiled:
+        compiled = torch.compile(to_torch(program)._run)
+
+        def run(inputs: Sequence[Any]) -> tuple[Any, ...]:
+            with torch.no_grad():
+                return tuple(compiled(*inputs))
+
+        return run
+
+    def gain(self, pass_name: str, program: Program) -> Gain | None:
+        if pass_name != NORM or commonest_norm(program) is None:
+            return None
+        return Gain(True, None, None, "Inductor writes either norm as one fused kernel: the RMSNorm is not slower")
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime on one device. ``compile`` writes and loads a file; outputs that are no tensors are left out."""
+
+    name: str = "onnxruntime"
+    device: str | None = "cpu"
+
+    def compile(self, program: Program) -> Compiled:
+        provider = self.device or "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            to_onnx(program, file, provider=provider, check=False)
+            session = open_session(file, provider)
+        names = [x.name for x in session.get_inputs()]
+
+        def run(inputs: Sequence[Any]) -> tuple[Any, ...]:
+            tensors = [x.detach().cpu().numpy() for x in inputs if isinstance(x, Tensor)]
+            return tuple(torch.from_numpy(x) for x in session.run(None, dict(zip(names, tensors, strict=True))))
+
+        return run
+
+    def gain(self, pass_name: str, program: Program) -> Gain | None:
+        norms = commonest_norm(program) if pass_name == NORM else None
+        return recorded_norms(norms) if norms is not None and self.device == "cpu" else None
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target for target in (Eager(), Inductor(), OnnxRuntime(), OnnxRuntime("onnxruntime-cuda", "cuda"))
+}
+
+
+def resolve(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        UsageError: there is none; the nearest is suggested.
+
+    Example:
+        >>> resolve("onnxruntime").device
+        'cpu'
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    near = difflib.get_close_matches(str(name), TARGETS, n=1)
+    raise UsageError(f"there is no target '{name}'", hint=near[0] if near else ", ".join(TARGETS))
+
+
+# -- what a norm costs ----------------------------------------------------------------------------------------
+
+
+def measured_norms(norms: Norms) -> Gain:
+    """Both norms timed here and now, alternately, in a few tens of milliseconds."""
+    shape = _affordable(norms)
+    normalized = list(shape[len(shape) - norms.dims :])
+    x = torch.randn(shape, dtype=norms.dtype, device=norms.device)
+    g, b = torch.randn(2, *normalized, dtype=norms.dtype, device=norms.device)
+    runs = (lambda xs: _LAYER_NORM(xs[0], normalized, g, b), lambda xs: _RMS_NORM(xs[0], normalized, g))
+    before, after = measure(*runs, [x], rounds_within(_BUDGET_MS, *runs, [x]))
+    where = f"at {list(shape)} on this {norms.device.type}, measured"
+    note = f"one LayerNorm takes {before:.0f} µs and one RMSNorm {after:.0f} µs {where}"
+    return Gain(after <= _NOISE * before, before, after, note)
+
+
+def recorded_norms(norms: Norms) -> Gain:
+    """What was recorded for ONNX Runtime on a CPU at the nearest size."""
+    nearest = min(_RECORDED, key=lambda shape: abs(prod(shape) - prod(norms.shape)))
+    before, after = _RECORDED[nearest]
+    note = f"one LayerNormalization takes {before:.0f} µs and one RMSNormalization {after:.0f} µs at {list(nearest)}, recorded"
+    return Gain(after <= before, before, after, note)
+
+
+def commonest_norm(program: Program) -> Norms | None:
+    """The LayerNorm that a program has most of, with the sizes of its example; None if it has none."""
+    sizes = {
+        symbol: int(value.shape[axis])
+        for node, value in zip(program.placeholders, program.example, strict=True)
+        for axis, symbol in symbolic_dims(node)
+    }
+    found: Counter[Norms] = Counter()
+    for node in program.graph.find_nodes(op="call_function", target=_LAYER_NORM):
+        x = node.args[0].meta["val"]
+        found[Norms(tuple(_number(s, sizes) for s in x.shape), len(node.args[1]), x.dtype, x.device)] += 1
+    return found.most_common(1)[0][0] if found else None
+
+
+def _number(size: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
+    """A size of the graph in the example; 1 if it depends on the data."""
+    if isinstance(size, int):
+        return size
+    value = size.node.expr.subs(sizes)
+    return int(value) if value.is_Integer else 1
+
+
+def _affordable(norms: Norms) -> tuple[int, ...]:
+    """The shape with its first dimension cut so that one norm takes no more than about a millisecond."""
+    first, *rest = norms.shape
+    if len(norms.shape) == norms.dims:
+        return norms.shape
+    return max(1, min(first, _LARGEST // max(1, prod(rest)))), *rest

@@ -1,0 +1,291 @@
+"""Write a program as an ONNX file, run the file on ONNX Runtime, compare, and only then put it where it was asked for.
+
+    max|ort(x) - program(x)| <= tolerance * max|program(x)|
+
+at the example and, where sizes are free, at batch 1 and an odd length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from tautomer.rewrite._torch import oblivious_sizes, pytree
+from tautomer.rewrite.errors import ExportError, UsageError
+from tautomer.rewrite.evidence import relative_error
+from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.samples import samples
+from torch import Tensor, nn
+
+from .onnx_names import name_weights, rename
+from .onnx_table import table
+from .to_torch import to_torch
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OPSETS = range(18, 25)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest relative error of an output, by the coarsest floating dtype of the program."""
+
+Reference = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written and how well it agrees.
+
+    Attributes:
+        path: the file.
+        opset: its ONNX operator set.
+        provider: "cpu" or "cuda", where it was checked.
+        nodes: how many nodes of every operator it has.
+        bytes: its size, external weights included.
+        error: the worst relative error of an output against PyTorch; None if it was not checked.
+        sizes: the input sizes it was checked at.
+    """
+
+    path: Path
+    opset: int
+    provider: str
+    nodes: Mapping[str, int]
+    bytes: int
+    error: float | None = None
+    sizes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        most = ", ".join(f"{count} {name}" for name, count in Counter(self.nodes).most_common(6))
+        lines = [f"{self.path}: opset {self.opset}, {self.bytes / 1e6:.1f} MB, {sum(self.nodes.values())} nodes ({most}, …)"]
+        if self.error is None:
+            lines.append("not run on ONNX Runtime")
+        else:
+            lines.append(f"ONNX Runtime ({self.provider}) against PyTorch: {self.error:.1e} at {'; '.join(self.sizes)}")
+        return "\n".join(lines)
+
+    def __rich__(self) -> str:
+        return str(self).replace("[", r"\[")
+
+
+def to_onnx(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "cpu",
+    opset: int = 23,
+    dynamic: bool = True,
+    check: bool = True,
+    reference: Reference | None = None,
+    rewrites: Sequence[str] = (),
+) -> OnnxReport:
+    """Write ``program`` to ``path``; nothing is left behind if it cannot be written or does not agree.
+
+    Inputs are named like the arguments of the user's ``forward``, outputs like the fields it returns, initializers like
+    the weights. Arguments that are no tensors are part of the graph. Weights above 2 GB go to ``<path>.data``.
+
+    Args:
+        provider: "cpu" or "cuda": where the file is checked.
+        opset: 18 to 24; RMSNormalization and Attention exist from 23 on.
+        dynamic: leave the sizes free that the capture left free; False fixes the example's.
+        check: run the file on ONNX Runtime and compare.
+        reference: what to compare with, called like the user's model; by default the program itself.
+        rewrites: the names of the rewrites that were applied, kept in the file's metadata.
+
+    Raises:
+        UsageError: an argument is wrong, or ``path`` cannot be written; before any work.
+        ExportError: an op has no translation, ONNX Runtime cannot run the file, or an output disagrees.
+
+    Example: ``print(to_onnx(capture(model, args), "model.onnx"))``
+    """
+    target = _writable(path)
+    _validate(program, provider, opset)
+    module = _flat(program)
+    onnx_program = _translate(program, module, opset, dynamic)
+    model = onnx_program.model
+    name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
+    inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
+    outputs = rename(model, program.signature, inputs, _tensor_outputs(program))
+    model.metadata_props["tautomer.version"] = version("tautomer")
+    model.metadata_props["tautomer.rewrites"] = ", ".join(rewrites)
+    nodes = Counter(node.op_type for node in model.graph.all_nodes())
+    with tempfile.TemporaryDirectory(prefix=".tautomer-", dir=target.parent) as folder:
+        file = Path(folder) / target.name
+        onnx_program.save(file)
+        error, sizes = _compare(program, file, provider, dynamic, reference, outputs) if check else (None, ())
+        files = sorted(Path(folder).iterdir(), key=lambda x: x.name == target.name)
+        total = sum(x.stat().st_size for x in files)
+        for written in files:
+            os.replace(written, target.parent / written.name)
+    return OnnxReport(target, opset, provider, dict(nodes), total, error, sizes)
+
+
+# -- before any work ------------------------------------------------------------------------------------------
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    target = Path(path).absolute()
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder", hint="name a file, model.onnx")
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder {target.parent} does not exist")
+    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        raise UsageError(f"{path} cannot be written")
+    return target
+
+
+def _validate(program: Program, provider: str, opset: int) -> None:
+    if provider not in PROVIDERS:
+        raise UsageError(f"there is no provider '{provider}'", hint=" or ".join(PROVIDERS))
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        raise UsageError(f"this ONNX Runtime has no {PROVIDERS[provider]}", hint="pip install onnxruntime-gpu, or provider='cpu'")
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset} cannot be written; {OPSETS[0]} to {OPSETS[-1]} can")
+    if program.mode == "train":
+        raise UsageError(f"{program.name} was captured in train mode, an ONNX file computes eval mode", hint="call model.eval()")
+
+
+# -- torch to ONNX --------------------------------------------------------------------------------------------
+
+
+def _translate(program: Program, module: nn.Module, opset: int, dynamic: bool) -> Any:
+    """The ONNX program, from a fresh export of the emitted module on tensors alone."""
+    tensors = [x for x in program.example if isinstance(x, Tensor)]
+    free = [x.meta["val"] for x in program.placeholders if isinstance(x.meta.get("val"), Tensor)]
+    auto = torch.export.Dim.AUTO
+    sizes = tuple({axis: auto for axis, size in enumerate(x.shape) if dynamic and isinstance(size, torch.SymInt)} for x in free)
+    degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
+    try:
+        with _quiet(), oblivious_sizes() if degenerate else contextlib.nullcontext():
+            exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
+            return torch.onnx.export(
+                exported, (), dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table(opset)
+            )
+    except Exception as error:
+        missing = sorted(set(re.findall(r"No ONNX function found for.*?op='([\w.]+)'", _chain(error))))
+        reason = f"no translation of {', '.join(missing)}" if missing else _chain(error).strip().splitlines()[-1]
+        raise ExportError(f"{program.name} cannot be written as ONNX opset {opset}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the exporter's warnings and its log of packages that are not installed are not shown."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
+def _flat(program: Program) -> nn.Module:
+    """The emitted module, in eval mode, called with its tensors alone and returning its tensors alone."""
+    module = to_torch(program)
+    if program.mode == "both":
+        module.eval()
+    wanted = _tensor_outputs(program)
+
+    def forward(self: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        feed = iter(tensors)
+        outputs = self._run(*[next(feed) if isinstance(x, Tensor) else x for x in program.example])
+        return tuple(outputs[i] for i in wanted)
+
+    module.__class__ = type("Flat", (type(module),), {"forward": forward})
+    return module
+
+
+def _tensor_outputs(program: Program) -> list[int]:
+    """Which of the program's flat outputs are tensors."""
+    return [i for i, x in enumerate(program.output.args[0]) if isinstance(getattr(x, "meta", {}).get("val"), Tensor)]  # type: ignore[arg-type]
+
+
+def _chain(error: BaseException) -> str:
+    """The messages of an error and its causes."""
+    cause = error.__cause__ or error.__context__
+    return f"{error}\n{_chain(cause)}" if cause is not None else str(error)
+
+
+# -- the check ------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    program: Program, file: Path, provider: str, dynamic: bool, reference: Reference | None, names: Sequence[str]
+) -> tuple[float, tuple[str, ...]]:
+    """The worst relative error of the file's outputs, and the sizes it was measured at."""
+    session = open_session(file, provider)
+    inputs = [program.example, *(sample.inputs for sample in list(samples(program))[1:] if dynamic)]
+    bound = tolerance(program)
+    worst, shown = 0.0, []
+    for flat in inputs:
+        expected = _expected(program, flat, reference)
+        feed = {x.name: y.detach().cpu().numpy() for x, y in zip(session.get_inputs(), _tensors(flat), strict=True)}
+        try:
+            found = [torch.from_numpy(x) for x in session.run(None, feed)]
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot run {program.name} at {_sizes(session, flat)}: {error}") from error
+        errors = {name: relative_error(a, b.cpu()) for name, a, b in zip(names, found, expected, strict=True)}
+        name = max(errors, key=lambda n: errors[n], default="")
+        if errors and errors[name] > bound:
+            raise ExportError(
+                f"ONNX Runtime and PyTorch disagree on '{name}': relative error {errors[name]:.1e}, allowed {bound:.0e}, "
+                f"at {_sizes(session, flat)}"
+            )
+        worst = max([worst, *errors.values()])
+        shown.append(_sizes(session, flat))
+    return worst, tuple(shown)
+
+
+def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
+    """An ONNX Runtime session on ``file``.
+
+    Raises:
+        ExportError: the file does not load, or not with this provider.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load the file: {error}") from error
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise ExportError(f"ONNX Runtime did not load its {PROVIDERS[provider]}", hint="check its CUDA and cuDNN versions")
+    return session
+
+
+def tolerance(program: Program) -> float:
+    """How far the file may be from PyTorch, by the coarsest floating dtype of weights, inputs and outputs."""
+    nodes = [*program.placeholders, *program.graph.find_nodes(op="get_attr"), *program.output.all_input_nodes]
+    dtypes = {node.meta["val"].dtype for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+@torch.no_grad()
+def _expected(program: Program, flat: Sequence[Any], reference: Reference | None) -> list[Tensor]:
+    if reference is None:
+        outputs: Sequence[Any] = interpret(program, flat)
+    else:
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in flat]
+        args, kwargs = pytree.tree_unflatten(copies, program.signature.in_spec)
+        outputs = program.signature.flatten(reference(*args, **kwargs))
+    return [outputs[i] for i in _tensor_outputs(program)]
+
+
+def _tensors(flat: Sequence[Any]) -> list[Tensor]:
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _sizes(session: Any, flat: Sequence[Any]) -> str:
+    return ", ".join(f"{x.name}{list(y.shape)}" for x, y in zip(session.get_inputs(), _tensors(flat), strict=True))
