@@ -103,12 +103,13 @@ class _Translation:
         if node.target is operator.getitem and isinstance(mapped[node.args[0]], tuple):  # type: ignore[index]
             mapped[node] = mapped[node.args[0]][node.args[1]]  # type: ignore[index]
             return
-        new = self._attribute(node, graph, prefix + str(node.target)) if node.op == "get_attr" else graph.node_copy(node, mapped.__getitem__)
+        attribute = node.op == "get_attr"
+        new = self._attribute(graph, prefix + str(node.target)) if attribute else graph.node_copy(node, mapped.__getitem__)
         new.meta = {**node.meta, **new.meta}
         self._relocate(new)
         mapped[node] = new
 
-    def _attribute(self, node: fx.Node, graph: fx.Graph, target: str) -> fx.Node:
+    def _attribute(self, graph: fx.Graph, target: str) -> fx.Node:
         name = self.strip(target)
         new = graph.create_node("get_attr", name, name=name.replace(".", "_"))
         if name not in self.weights:

@@ -37,8 +37,8 @@ def canonicalize(program: Program) -> Program:
     with no_new_guards(program.fake_mode), silence():
         changed = True
         while changed:
-            changed = any([editor.visit(node) for node in list(program.graph.nodes)])
-            changed |= drop_dead(program.graph)
+            fired = [editor.visit(node) for node in list(program.graph.nodes)]
+            changed = any(fired) | drop_dead(program.graph)
     mark_writes(program)
     return program
 
@@ -122,7 +122,8 @@ def _returned(reader: fx.Node) -> bool:
     """Whether ``reader`` hands the memory it reads to the caller, itself or through views."""
     if reader.op == "output":
         return True
-    return bool(may_alias(reader)) and any(_returned(user) for user in reader.users if reader in may_alias(user) or user.op == "output")
+    passes_on = bool(may_alias(reader))
+    return passes_on and any(_returned(user) for user in reader.users if user.op == "output" or reader in may_alias(user))
 
 
 # -- nothing happens ------------------------------------------------------------------------------------------

@@ -98,7 +98,6 @@ class _Plan:
     leaves: Sequence[Any]
     sizes: Sequence[Sizes]
     oblivious: bool = False
-    fixed: bool = False
 
 
 def _capture(call: Call, dynamic_shapes: Any, mode: str) -> Program:
@@ -145,15 +144,16 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
 
 
 def _plans(call: Call, dynamic_shapes: Any) -> Iterator[_Plan]:
-    leaves = call.leaves
+    leaves: Sequence[Any] = call.leaves
     if dynamic_shapes not in ("auto", None, "static"):
         yield _Plan(leaves, given_sizes(call.model, call.args, call.kwargs, dynamic_shapes))
         return
-    fixed = _Plan(leaves, [None] * len(leaves), fixed=True)
+    fixed = _Plan(leaves, [None] * len(leaves))
     if dynamic_shapes == "auto" and any(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
         # A size of 1 would be taken for a constant.
-        larger = resized(call, batch=2) if call.batch == 1 else None
-        leaves = larger or leaves
+        if call.batch == 1:
+            larger = resized(call, batch=2)
+            leaves = leaves if answer(call, larger, None) is None else larger
         sizes = automatic_sizes(leaves, call.length, call.cached)
         yield _Plan(leaves, sizes)
         yield _Plan(leaves, sizes, oblivious=True)
@@ -220,7 +220,8 @@ def _notes(call: Call) -> Iterator[str]:
 def _size_notes(program: Program, call: Call, dynamic_shapes: Any) -> Iterator[str]:
     if dynamic_shapes != "auto":
         return
-    for name, node, size in zip(call.names, program.placeholders, automatic_sizes(call.leaves, call.length, call.cached), strict=True):
+    wanted = automatic_sizes(call.leaves, call.length, call.cached)
+    for name, node, size in zip(call.names, program.placeholders, wanted, strict=True):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not size or not node.users:
             continue

@@ -90,7 +90,7 @@ def call_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     _check_names(model, args, kwargs)
     register_caches(model)
     register_classes((tuple(args), dict(kwargs)))
-    args, kwargs = clone_leaves((tuple(args), dict(kwargs)))
+    args, kwargs = own = clone_leaves((tuple(args), dict(kwargs)))
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     names = Signature.of(model.forward, type(model).__name__, args, kwargs, None).leaf_names
     _check_devices(model, leaves, names)
@@ -98,7 +98,8 @@ def call_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     sizes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     batch = _most_common(size[0] for size in sizes)
     length = _most_common(leaf.shape[1] for leaf in leaves if _is_tokens(leaf))
-    return Call(model, args, kwargs, tuple(leaves), in_spec, names, recording, batch, length, tuple(_inside_classes((args, kwargs))))
+    cached = tuple(_inside_classes(own))
+    return Call(model, own[0], own[1], tuple(leaves), in_spec, names, recording, batch, length, cached)
 
 
 def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
@@ -189,35 +190,35 @@ def trials_of(call: Call, training: bool | None) -> list[Trial]:
         shorter = call.length - 1 if call.length and call.length > 2 else None
         wanted = [(None, None), (1, None), (3, shorter), *([(3, None)] if shorter else [])]
     trials: list[Trial] = []
+    answered: set[int | None] = set()
     for batch, length in wanted:
-        if batch == 3 and length is None and any(len(t.leaves) and t.leaves is not call.leaves for t in trials[2:]):
+        if batch in answered:  # at the shorter length already
             continue
-        leaves = call.leaves if (batch, length) == (None, None) else resized(call, batch=batch, length=length)
-        reference = None if leaves is None else _answer(call, leaves, training)
+        leaves = resized(call, batch=batch, length=length)
+        reference = answer(call, leaves, training)
         if reference is not None:
-            trials.append(Trial(leaves, reference, training))  # type: ignore[arg-type]
+            answered.add(batch)
+            trials.append(Trial(leaves, reference, training))
     return trials
 
 
-def resized(call: Call, *, batch: int | None = None, length: int | None = None) -> Sequence[Any] | None:
-    """The leaves of ``call`` at another batch size or length, None if the model refuses them."""
+def resized(call: Call, *, batch: int | None = None, length: int | None = None) -> Sequence[Any]:
+    """The leaves of ``call`` at another batch size or length; the model need not accept them."""
 
     def change(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf
-        if batch is not None and leaf.shape[0] == call.batch:
+        if batch is not None and call.batch and leaf.shape[0] == call.batch:
             leaf = leaf.detach()[torch.arange(batch, device=leaf.device) % call.batch].clone()
         if length is not None and leaf.dim() == 2 and leaf.shape[1] == call.length:
             leaf = leaf[:, :length].clone()
         return leaf
 
-    if call.batch == 0:
-        return None
-    leaves = [change(leaf) for leaf in call.leaves]
-    return leaves if _answer(call, leaves, None) is not None else None
+    return [change(leaf) for leaf in call.leaves]
 
 
-def _answer(call: Call, leaves: Sequence[Any], training: bool | None) -> Sequence[Any] | None:
+def answer(call: Call, leaves: Sequence[Any], training: bool | None) -> Sequence[Any] | None:
+    """The flat outputs of the model on ``leaves``, None if it refuses them."""
     args, kwargs = pytree.tree_unflatten(list(leaves), call.in_spec)
     with call.in_mode(training), silence():
         try:
@@ -276,5 +277,6 @@ def _most_common(sizes: Iterator[int]) -> int | None:
 def _inside_classes(tree: Any) -> Iterator[bool]:
     """For every leaf, whether some container around it is none of Python's own."""
     plain = (tuple, list, dict)
-    for item in pytree.tree_leaves(tree, is_leaf=lambda x: not isinstance(x, plain)):
-        yield from [not isinstance(item, Tensor) and pytree.tree_structure(item) != pytree.tree_structure(0)] * len(pytree.tree_leaves(item))
+    for item in pytree.tree_leaves(tree, is_leaf=lambda x: type(x) not in plain):
+        inside, structure = pytree.tree_flatten(item)
+        yield from [not structure.is_leaf()] * len(inside)

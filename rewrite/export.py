@@ -130,8 +130,9 @@ def _spread(tree: Any, spec: Any) -> list[Sizes]:
 # -- what went wrong ------------------------------------------------------------------------------------------
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
-    (r"data-dependent|DataDependent|unbacked|\bu\d+\b|Could not guard", "decides by the values of a tensor, which a graph cannot",
-     "torch.where or torch.cond for the decision, or take it out of forward; .item(), .tolist(), `if tensor:` are such decisions"),
+    (r"data-dependent|DataDependent|unbacked|\bu\d+\b|Could not guard",
+     "decides by the values of a tensor, which a graph cannot",
+     "torch.where or torch.cond for the decision, or take it out of forward: .item(), .tolist(), `if tensor:` decide"),
     (r"[Cc]onstraints violated|dynamic_shapes|specializ", "cannot run with the dynamic_shapes that were asked for",
      'dynamic_shapes="auto", or dynamic_shapes=None for exactly the sizes of the example'),
     (r"pytree|not supported|unsupported.*(input|output)", "takes or returns an object that torch.export does not know",

@@ -4,7 +4,8 @@
     sdpa(…, dropout_p=p) |  sdpa(…, dropout_p=0)   =  sdpa(…, dropout_p=p · m.training)
     n.add_(1)            |  nothing                =  n.add_(m.training)
 
-where m is the module that made the call. Everything else must be equal, or the two are not one program.
+where m is the module that made the call. Everything else must be equal, or the two are not one program. A layout is
+no difference: attention gives other strides in training, so ``contiguous`` stands where either mode needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from .build import arguments
-from .errors import require
+from .errors import Refused, require
 from .program import Program, path_of, place, target_name
 
 aten = torch.ops.aten
@@ -38,12 +39,16 @@ def merge(train: Program, evaluated: Program, training: dict[str, bool]) -> Prog
     others = _steps(evaluated.graph)
     other = next(others, None)
     for node in list(_steps(train.graph)):
+        while other is not None and _is_layout(other) and not _alike(node, other):
+            merging.add_layout(other)
+            other = next(others, None)
         if other is not None and _alike(node, other):
             merging.pair(node, other, evaluated)
             other = next(others, None)
         else:
             merging.only_in_training(node)
-    require(other is None, f"eval mode computes {target_name(other)} at {place(other)}, which train mode does not" if other else "")
+    if other is not None:
+        raise Refused(f"eval mode computes {target_name(other)} at {place(other)}, which train mode does not")
     train.mode = "both"
     return train
 
@@ -54,6 +59,16 @@ def _steps(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def _alike(node: fx.Node, other: fx.Node) -> bool:
     return node.op == other.op and (node.op in ("placeholder", "output") or node.target == other.target)
+
+
+def _is_layout(node: fx.Node) -> bool:
+    return node.target is aten.contiguous.default and len(node.args) == 1
+
+
+def _through_layout(node: fx.Node) -> fx.Node:
+    while _is_layout(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 class _Merge:
@@ -67,8 +82,7 @@ class _Merge:
         """``other`` of eval mode is ``node`` of train mode, up to flags, which are put in."""
         self.pairs[other] = node
         if not isinstance(node.target, torch._ops.OpOverload):
-            for a, b in zip(_leaves(node), _leaves(other), strict=True):
-                require(self._equal(a, b, evaluated), _difference(node))
+            require(self._equal_tree(_operands(node), _operands(other), evaluated), _difference(node))
             return
         mine, theirs = dict(arguments(node)), dict(arguments(other))
         for name, value in mine.items():
@@ -78,8 +92,21 @@ class _Merge:
             require(flag is not None, _difference(node))
             _set(node, name, flag)
 
+    def add_layout(self, other: fx.Node) -> None:
+        """Put in a ``contiguous`` that only eval mode needs."""
+        assert isinstance(other.args[0], fx.Node)
+        source = self.pairs.get(_through_layout(other))
+        if source is None:
+            return
+        with self.program.graph.inserting_after(source):
+            node = self.program.graph.call_function(aten.contiguous.default, (source,))
+        node.meta = dict(source.meta)
+        source.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)
+
     def only_in_training(self, node: fx.Node) -> None:
-        """A counter of batches is the one thing that only train mode may do."""
+        """Besides a layout, a counter of batches is the one thing that only train mode may do."""
+        if _is_layout(node):
+            return
         counts = node.target is aten.add_.Tensor and node.args[1] == 1 and not node.users
         counter = node.args[0] if counts else None
         known = isinstance(counter, fx.Node) and counter.op == "get_attr" and counter.target in self.program.weights
@@ -126,7 +153,7 @@ class _Merge:
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
             return type(a) is type(b) and bool(a == b)
         if b.op != "get_attr":
-            return self.pairs.get(b) is a
+            return self.pairs.get(_through_layout(b)) is _through_layout(a)
         return a.op == "get_attr" and self._equal_attribute(str(a.target), str(b.target), evaluated)
 
     def _equal_attribute(self, a: str, b: str, evaluated: Program) -> bool:
@@ -154,10 +181,8 @@ def _set(node: fx.Node, name: str, value: fx.Node | None) -> None:
             node.args = (*filled[:index], value)
 
 
-def _leaves(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda x: found.append(x))
-    return found
+def _operands(node: fx.Node) -> list[Any]:
+    return [*node.args, *node.kwargs.values()]
 
 
 def _difference(node: fx.Node) -> str:

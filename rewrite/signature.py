@@ -58,7 +58,8 @@ class Signature:
     conditions: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, forward: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any], out_spec: Any) -> Signature:
+    def of(cls, forward: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any],
+           out_spec: Any) -> Signature:
         """The signature of the captured call ``forward(*args, **kwargs)``."""
         named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(forward).parameters.values()
@@ -177,7 +178,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _leaf_name(path: Any, arguments: Sequence[Argument]) -> str:
     """``(0, 2, 'mask')`` is the third positional argument's entry ``mask``."""
-    side, first, *rest = path
+    _, first, *rest = path
     index = getattr(first, "idx", None)
     name = getattr(first, "key", None)
     if name is None:
