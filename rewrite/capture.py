@@ -19,7 +19,7 @@ from ._torch import guards_of
 from .build import build
 from .canonical import canonicalize
 from .errors import CaptureError, Refused, UsageError
-from .example import Call, agrees, call_of, resized, trials_of
+from .example import Call, agrees, answer, call_of, resized, trials_of
 from .export import PREFIX, Sizes, automatic_sizes, export, given_sizes
 from .functional import functionalize
 from .modes import merge
