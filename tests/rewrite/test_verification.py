@@ -1,0 +1,172 @@
+"""A wrong rewrite is caught, located and said; a right one passes without a tolerance of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.claims import ALGEBRAIC, FORWARD
+from tautomer.rewrite.errors import ClaimBroken
+from tautomer.rewrite.evidence import relative_error
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.relations import Centred, relate
+from tautomer.rewrite.samples import samples
+from tautomer.rewrite.verification import check_program
+from tautomer.rewrite.weights import Apply
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+D = 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.linear(self.norm(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def pair() -> tuple[Program, Program]:
+    torch.manual_seed(0)
+    old = capture(Model().eval(), (torch.randn(3, 5, D),))
+    return old, old.copy()
+
+
+def call(program: Program, target: Callable[..., Tensor], index: int = 1) -> torch.fx.Node:
+    return program.graph.find_nodes(op="call_function", target=target)[index]
+
+
+def wrong_eps(program: Program) -> None:
+    norm = call(program, aten.layer_norm.default)
+    norm.args = (*norm.args[:4], 1e-4, *norm.args[5:])
+
+
+def wrong_activation(program: Program) -> None:
+    call(program, aten.gelu.default).kwargs = {"approximate": "tanh"}
+
+
+def wrong_operand(program: Program) -> None:
+    first, second = (call(program, aten.linear.default, i) for i in (0, 1))
+    second.args = (second.args[0], first.args[1], second.args[2])
+
+
+def dropped_residual(program: Program) -> None:
+    add = call(program, aten.add.Tensor)
+    add.replace_all_uses_with(add.args[1])
+
+
+@pytest.mark.parametrize("damage", [wrong_eps, wrong_activation, wrong_operand, dropped_residual])
+def test_damage_is_caught_and_located(damage: Callable[[Program], None]) -> None:
+    old, new = pair()
+    damage(new)
+    with pytest.raises(ClaimBroken, match=r"blocks\.[12]") as caught:
+        check_program(old, new, ALGEBRAIC)
+    assert isinstance(caught.value, AssertionError) and caught.value.where is not None
+
+
+def test_an_equal_program_passes_at_several_sizes() -> None:
+    old, new = pair()
+    for index in range(3):
+        add = call(new, aten.add.Tensor, index)
+        add.args = (add.args[1], add.args[0])
+    evidence = check_program(old, new, ALGEBRAIC)
+    assert evidence.forward <= 1e-15 and len(evidence.sizes) == 2
+
+
+def edit(program: Program, name: str, *tail: object, target: Callable[..., Tensor] = aten.mul.Tensor) -> None:
+    node = next(n for n in program.graph.find_nodes(op="get_attr") if n.target == name)
+    leaf = program.weights[name].expression
+    node.target = program.weights.stage(Apply(target, (leaf, *tail)), node.meta["val"], name)
+
+
+def test_weights_are_compared_through_the_weight_map() -> None:
+    old, new = pair()
+    edit(new, "blocks.1.linear.weight", 2.0)
+    half = call(new, aten.linear.default)
+    with new.graph.inserting_before(half):
+        scaled = new.graph.call_function(aten.mul.Tensor, (half.args[0], 0.5))
+    scaled.meta.update(half.args[0].meta)
+    half.args = (scaled, *half.args[1:])
+    assert check_program(old, new, ALGEBRAIC).gradients > 0
+
+
+def test_a_gradient_that_is_cut_is_caught_only_where_the_claim_speaks_of_it() -> None:
+    old, new = pair()
+    edit(new, "blocks.1.linear.weight", target=aten.detach.default)
+    assert check_program(old, new, FORWARD).gradient is None
+    with pytest.raises(ClaimBroken, match="gradients"):
+        check_program(old, new, ALGEBRAIC)
+
+
+def test_a_relation_that_does_not_hold_is_named() -> None:
+    old, new = pair()
+    relate(call(new, aten.gelu.default), Centred(2))
+    with pytest.raises(ClaimBroken, match="not what the rewrite says"):
+        check_program(old, new, ALGEBRAIC)
+
+
+def test_a_lost_dtype_is_caught() -> None:
+    old, new = pair()
+    result = new.output.args[0][0]
+    with new.graph.inserting_before(new.output):
+        narrow = new.graph.call_function(aten.to.dtype, (result, torch.bfloat16))
+        back = new.graph.call_function(aten.to.dtype, (narrow, torch.float32))
+    new.output.args = ((back,),)
+    with pytest.raises(ClaimBroken, match="float32 output 0"):
+        check_program(old, new, ALGEBRAIC)
+
+
+def test_the_user_generator_does_not_notice() -> None:
+    old, new = pair()
+    state = torch.get_rng_state()
+    check_program(old, new, ALGEBRAIC)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_samples_vary_sizes_and_keep_kinds() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, D)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.table(ids) * mask[..., None]
+
+    program = capture(Lookup().eval(), (torch.randint(9, (4, 30)), torch.ones(4, 30, dtype=torch.long)))
+    small, odd = samples(program)
+    assert [x.shape for x in small.inputs] == [(2, 16), (2, 16)]
+    assert [x.shape for x in odd.inputs] == [(1, 7), (1, 7)]
+    assert all(0 <= int(s.inputs[0].min()) and int(s.inputs[0].max()) < 9 for s in (small, odd))
+    assert bool((odd.inputs[1] == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "expected"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]), 0.5),
+        (torch.tensor([float("nan")]), torch.tensor([float("nan")]), 0.0),
+        (torch.tensor([float("inf"), 1.0]), torch.tensor([float("inf"), 1.0]), 0.0),
+        (torch.tensor([float("nan")]), torch.tensor([1.0]), float("inf")),
+        (torch.tensor([1.0]), torch.tensor([float("nan")]), float("inf")),
+        (torch.tensor([0.5]), torch.tensor([0.0]), 0.5),
+        (torch.tensor([1]), torch.tensor([2]), float("inf")),
+        (torch.zeros(2), torch.zeros(3), float("inf")),
+        (None, None, 0.0),
+    ],
+)
+def test_relative_error(value: object, reference: object, expected: float) -> None:
+    assert relative_error(value, reference) == expected
