@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from ._torch import erased
+from .errors import require
 from .metadata import Derived, Metadata, value_of
-from .ops import Op, Ops, form_of, is_pure
+from .ops import OPS, Op, Ops, form_of, is_pure
 from .program import Program, inherit
-from .shapes import product
+from .shapes import product, static
 from .weights import Apply, Expression, Leaf, expression_of, leaves
 
 
@@ -106,7 +107,9 @@ class GraphOps(Ops):
             substitute = lambda x: expressions.get(id(x), x)  # noqa: E731
             keywords = tuple((k, _plain(v, substitute)) for k, v in kwargs.items())
             return Derived(Apply(op.target, _plain(args, substitute), keywords), fake)
-        args, kwargs = self._stage_operands(op, args, kwargs)
+        return self._emit(op, *self._stage_operands(op, args, kwargs), fake)
+
+    def _emit(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], fake: Any) -> fx.Node:
         with self.program.graph.inserting_before(self.anchor):
             node = self.program.graph.create_node("call_function", op.target, args, kwargs, name=op.name)
         node.meta["val"] = fake
@@ -118,6 +121,24 @@ class GraphOps(Ops):
         """``x`` as an expression over the leaves, if it reads weights alone."""
         return x.expression if isinstance(x, Derived) else self.editor.expression(x)
 
+    def width(self, x: fx.Node | Derived) -> int:
+        """The size of the last axis.
+
+        Raises:
+            Refused: it depends on the input.
+        """
+        size = static(value_of(x).shape[-1])
+        require(size is not None, "the size of the last axis depends on the input")
+        assert size is not None
+        return size
+
+    def weight(self, x: Any) -> Any:
+        """``x`` as a weight of its own, if it is computed from weights; anything else as it is."""
+        if not isinstance(x, fx.Node) or x.op != "call_function":
+            return x
+        expression = self.expression(x)
+        return x if expression is None else Derived(expression, value_of(x))
+
     def node(self, x: fx.Node | Derived, hint: str = "weight") -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 
@@ -125,13 +146,13 @@ class GraphOps(Ops):
         """
         if isinstance(x, fx.Node):
             return x
-        weights = self.program.weights
-        name = x.expression.name if isinstance(x.expression, Leaf) else _name(x.expression, hint, self.program)
-        known = len(weights.entries)
-        name = weights.stage(x.expression, x.fake, name)
-        if len(weights.entries) > known:
-            self.staged.append(name)
-        return self.editor.attribute(name)
+        largest = _largest(x.expression, self.program)
+        if x.fake.ndim == 2 and _stored_transposed(x.expression, largest):
+            # The user's layout stays: the new matrix is stored as the old one is, and read through t().
+            stored = self.apply(OPS["t"], x)
+            assert isinstance(stored, Derived)
+            return self._emit(OPS["t"], (self._enter(stored, largest, hint),), {}, x.fake)
+        return self._enter(x, largest, hint)
 
     def rollback(self) -> None:
         """Take every new node and weight back; nothing may read them yet."""
@@ -141,6 +162,15 @@ class GraphOps(Ops):
             self.program.graph.erase_node(self.editor.attribute(name))
             self.program.weights.drop(name)
         self.created, self.staged = [], []
+
+    def _enter(self, x: Derived, largest: str, hint: str) -> fx.Node:
+        entries = self.program.weights.entries
+        known = len(entries)
+        parent, dot, _ = largest.rpartition(".")
+        name = self.program.weights.stage(x.expression, x.fake, parent + dot + hint if hint in ("weight", "bias") else largest)
+        if len(entries) > known:
+            self.staged.append(name)
+        return self.editor.attribute(name)
 
     def _stage_operands(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         form = form_of(op.target)
@@ -163,11 +193,15 @@ def _plain(x: Any, substitute: Callable[[Any], Any]) -> Any:
     return tuple(_plain(y, substitute) for y in x) if isinstance(x, (list, tuple)) else substitute(x)
 
 
-def _name(expression: Expression, hint: str, program: Program) -> str:
-    """``h.0.attn.c_attn.bias``: beside the largest leaf, named after the argument it serves."""
-    numel = lambda leaf: product(program.weights.leaves[leaf].shape)  # noqa: E731
-    largest = max(leaves(expression), key=numel)
-    if hint not in ("weight", "bias"):
-        return largest
-    parent, dot, _ = largest.rpartition(".")
-    return parent + dot + hint
+def _largest(expression: Expression, program: Program) -> str:
+    """The leaf with the most elements: a new weight is named after it."""
+    return max(leaves(expression), key=lambda leaf: product(program.weights.leaves[leaf].shape))
+
+
+def _stored_transposed(expression: Expression, leaf: str) -> bool:
+    """Whether ``expression`` reads ``leaf`` through ``t``."""
+    if isinstance(expression, Leaf):
+        return False
+    if expression.target is OPS["t"].target and expression.args == (Leaf(leaf),):
+        return True
+    return any(_stored_transposed(x, leaf) for x in expression.args if isinstance(x, (Leaf, Apply)))

@@ -244,6 +244,8 @@ class _Engine:
         for before, after in zip(old, new, strict=True):
             if after in created:
                 after.meta["origin"] = before.meta.get("origin", before.name)
+                if "relation" in before.meta:
+                    after.meta["relation"] = before.meta["relation"]
                 if before not in overlay:
                     after.meta["val"] = before.meta["val"]
             before.replace_all_uses_with(after)

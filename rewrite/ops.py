@@ -148,6 +148,14 @@ class Ops(ABC):
         """Spellings of one value. Only a pattern looks beyond the first."""
         return alternatives[0]
 
+    def width(self, x: Any) -> Any:
+        """The size of the last axis of ``x``."""
+        return x.shape[-1]
+
+    def weight(self, x: Any) -> Any:
+        """``x``, computed once: what is computed from weights alone becomes a weight of its own."""
+        return x
+
     def __call__(self, target: Callable[..., Any]) -> Callable[..., Any]:
         """An op by its overload, for what the table does not name."""
         return partial(self.apply, op_of(target))
@@ -181,9 +189,14 @@ class TextOps(Ops):
         shown = [show_literal(a) for a in args] + [f"{k}={show_literal(v)}" for k, v in kwargs.items()]
         return f"{op.name}({', '.join(shown)})"
 
+    def width(self, x: Any) -> str:
+        return "d"
+
 
 def show_literal(x: Any) -> str:
-    """``torch.float32`` as ``float32``; anything else as it prints."""
+    """A literal for a person: ``float32``, ``[-1]``, ``[d]``."""
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(show_literal, x))}]"
     return str(x).removeprefix("torch.")
 
 
