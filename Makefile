@@ -1,0 +1,34 @@
+# The words that README, CONTRIBUTING and CI say.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export TORCHINDUCTOR_FORCE_DISABLE_CACHES = 1
+
+.PHONY: venv check test zoo bench docs wheel clean
+
+venv:            ## a virtual environment with everything, exact versions
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+
+check:           ## lint, format of imports, types, generated docs up to date
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+test:            ## everything but the full zoo
+	$(BIN)/pytest -m 'not zoo'
+
+zoo:             ## every model family: captured, rewritten, exported, run
+	$(BIN)/pytest -m zoo tests/zoo
+
+bench:           ## every published figure, one after the other (measure alone)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs:            ## the generated tables in README.md and docs/
+	$(BIN)/python docs/generate.py
+
+wheel:
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
