@@ -1,14 +1,27 @@
 """Recipes: what to apply, in which order, for what purpose. A recipe is data; its name serves too.
 
-canonical → raise → rewrite → choose → cleanup. Larger patterns come before what they contain.
+raise → rewrite → cleanup. A rule that reads what another one writes comes after it, larger patterns before smaller ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from tautomer.rewrite.pass_base import Pass
+
+from .norm.fold_channel_scale import FoldChannelScale
+from .norm.fold_layer_scale import FoldLayerScale
+from .norm.fold_norm_shift import FoldNormShift
+from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from .raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
+from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
+from .raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
+from .raise_.drop_norm_casts import DropNormCasts
+from .raise_.raise_layer_norm import RaiseLayerNorm
+from .raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
+from .raise_.raise_rms_norm import RaiseRmsNorm
 
 
 class Recipe(Protocol):
@@ -17,3 +30,31 @@ class Recipe(Protocol):
     name: ClassVar[str]
 
     def passes(self) -> tuple[Pass, ...]: ...
+
+
+RAISE: tuple[type[Pass], ...] = (
+    RaiseLayerNorm,
+    AbsorbLayerNormGain,
+    AbsorbLayerNormShift,
+    RaiseRmsNorm,
+    RaiseMixedRmsNorm,
+    AbsorbRmsNormGain,
+    DropNormCasts,
+)
+NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
+CLEANUP: tuple[type[Pass], ...] = ()
+PASSES: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
+"""Every rewrite there is, in the order of the catalogue."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Exact rewrites of a model that is only run: nothing here changes an answer over the reals."""
+
+    name: ClassVar[str] = "inference"
+
+    def passes(self) -> tuple[Pass, ...]:
+        return tuple(kind() for kind in PASSES)
+
+
+RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference,)}

@@ -1,0 +1,33 @@
+"""tautomer: the same PyTorch model in another, provably equal form.
+
+    import tautomer
+    fast = tautomer.optimize(model, args, kwargs)
+    print(fast.report)
+    tautomer.export_onnx(fast, "model.onnx", args, kwargs)
+"""
+
+from ._front import (
+    Catalogue,
+    Explanation,
+    capture,
+    catalogue,
+    explain,
+    export_onnx,
+    load,
+    optimize,
+    save,
+    verify,
+)
+
+__all__ = [
+    "Catalogue",
+    "Explanation",
+    "capture",
+    "catalogue",
+    "explain",
+    "export_onnx",
+    "load",
+    "optimize",
+    "save",
+    "verify",
+]

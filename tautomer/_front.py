@@ -1,0 +1,364 @@
+"""The front door: one verb per thing a user wants. Everything behind it is data that these verbs hand on."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from tautomer.backends.archive import load as load
+from tautomer.backends.archive import save as save
+from tautomer.backends.measure import measure
+from tautomer.backends.rewritten import Rewritten
+from tautomer.backends.targets import TARGETS, resolve
+from tautomer.backends.to_onnx import OnnxReport, to_onnx
+from tautomer.backends.to_torch import to_torch
+from tautomer.passes.recipes import PASSES, RECIPES, Recipe
+from tautomer.rewrite._torch import pytree
+from tautomer.rewrite.capture import capture as capture_module
+from tautomer.rewrite.claims import ALGEBRAIC, Claim
+from tautomer.rewrite.equivalence import check_equivalence
+from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.evidence import Evidence
+from tautomer.rewrite.pass_base import Context, Pass
+from tautomer.rewrite.pipeline import Outcome, run_passes
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.report import Report, Size, Timing
+from tautomer.rewrite.rules import Rule, nearest_miss
+from tautomer.rewrite.target import Target
+
+Model: TypeAlias = nn.Module | Program | torch.export.ExportedProgram
+Progress: TypeAlias = Callable[[str], None]
+
+
+def capture(
+    model: Model | str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    mode: str = "auto",
+) -> Program:
+    """Capture a model as a program, in canonical form.
+
+    Args:
+        model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file; the last two bring their own inputs.
+        args, kwargs: one example call.
+        dynamic_shapes: "auto" (batch and length free where the model allows), "static", or a ``torch.export`` spec.
+        mode: "auto" (the mode the model is in), "eval", "train", or "both" (dropout and BatchNorm keep reading the flag).
+
+    Raises:
+        CaptureError: the model cannot be exported; says where and what to try.
+        UsageError: the arguments are wrong.
+
+    Example:
+        >>> program = capture(nn.Linear(4, 2).eval(), (torch.randn(3, 4),))
+        >>> program.count(torch.ops.aten.linear.default)
+        1
+    """
+    if isinstance(model, Program):
+        return model.copy()
+    if isinstance(model, str | os.PathLike):
+        model = _load_exported(Path(model))
+    if isinstance(model, torch.export.ExportedProgram):
+        args, kwargs = (args, kwargs) if args or kwargs else model.example_inputs  # type: ignore[assignment]
+        model = model.module()
+    if isinstance(model, Rewritten) and not args and not kwargs:
+        args, kwargs = pytree.tree_unflatten(list(model.program.example), model.program.signature.in_spec)
+    program = capture_module(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
+    program.name = model.program.name if isinstance(model, Rewritten) else program.name
+    return program
+
+
+def optimize(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Recipe = "inference",
+    passes: Sequence[str | Pass] | None = None,
+    target: str | Target = "eager",
+    only: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    fuel: int | None = None,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Rewritten:
+    """The same model in a better form: a new module, same call, same answers, any batch size.
+
+    Args:
+        model: a module (its weights are shared where untouched, never written), an ``ExportedProgram`` or a ``Program``.
+        args, kwargs: one example call; batch 1 is fine.
+        recipe: what to apply, by name or as a recipe.
+        passes: exactly these instead, by name or as passes, in this order; nobody asks whether they pay.
+        target: where it should pay: "eager", "inductor", "onnxruntime".
+        only, skip: admit or forbid applications by pass name, id or module path.
+        fuel: at most this many applications; for bisection.
+        dynamic_shapes: as of ``capture``.
+        check: hold every rewrite to its claim. Nothing unchecked is handed back without ``check=False``.
+        progress: called with a few words as each phase starts.
+
+    Returns:
+        A module with ``.report`` (what fired, what did not and why), ``.graph`` and ``.weights``.
+
+    Raises:
+        UsageError, CaptureError: see ``capture``; also for an unknown recipe, pass or target, with the nearest name.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+        >>> fast = optimize(block, (torch.randn(2, 8),), target="onnxruntime")
+        >>> fast.report.fired("layer-norm-to-rms-norm")
+        1
+    """
+    tell = progress or (lambda phase: None)
+    chosen = _passes(recipe, passes)
+    where = resolve(target) if isinstance(target, str) else target
+    start = perf_counter()
+    tell("capturing")
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    seconds = {"capture": perf_counter() - start}
+    original = program.copy()
+    context = Context(only=tuple(only), skip=tuple(skip), fuel=fuel)
+    tell("rewriting and checking")
+    outcome = run_passes(chosen, program, context, target=None if passes is not None else where, check=check)
+    fast = to_torch(program)
+    tell("measuring")
+    timing = _measure(original, program, where, outcome)
+    report = Report(
+        program.name, where.name, outcome.log, tuple(program.notes), Size.of(original), Size.of(program),
+        outcome.gains, outcome.evidence, timing, seconds | outcome.seconds,
+    )  # fmt: skip
+    fast.report, fast.weights, fast.program = report, program.weights, program
+    return fast
+
+
+def verify(
+    reference: nn.Module | Program,
+    candidate: nn.Module | Program,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    gradients: bool = False,
+    claim: Claim = ALGEBRAIC,
+) -> Evidence:
+    """Check that two models agree; made for a user's own tests.
+
+    Both are captured and run at several sizes. The oracle is the reference promoted to float64; the candidate may err
+    twice as much as the reference does in its own dtype, plus 64 roundings. Nobody chooses a tolerance.
+
+    Args:
+        reference, candidate: any two modules with the same inputs and outputs.
+        args, kwargs: one example call.
+        gradients: compare gradients of inputs and of shared parameters too.
+        claim: what is promised; an inexact claim only measures.
+
+    Raises:
+        ClaimBroken: they do not agree. An ``AssertionError``.
+
+    Example:
+        >>> a = nn.Linear(4, 2).eval()
+        >>> b = nn.Linear(4, 2).eval()
+        >>> verify(a, a, (torch.randn(3, 4),)).forward < 1e-6
+        True
+        >>> verify(a, b, (torch.randn(3, 4),))
+        Traceback (most recent call last):
+            ...
+        tautomer.rewrite.errors.ClaimBroken: output 0 of Linear is off by ...
+    """
+    ours, theirs = capture(reference, args, kwargs), capture(candidate, args, kwargs)
+    if isinstance(candidate, Rewritten) and gradients:
+        theirs = candidate.program.copy()
+    return check_equivalence(ours, theirs, claim, gradients=gradients)
+
+
+def export_onnx(
+    model: Model,
+    path: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    provider: str = "cpu",
+    opset: int = 23,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+) -> OnnxReport:
+    """Write a model as ONNX, run the file on ONNX Runtime and compare it with PyTorch.
+
+    Args:
+        model: a module, rewritten or not, or a program.
+        path: the file; it appears only when it is complete and, with ``check``, agrees.
+        provider: "cpu" or "cuda": whose kernels the file should use.
+        opset: 18 or later.
+        dynamic_shapes: as of ``capture``; "static" fixes every size to the example's.
+        check: run the file at two sizes and compare.
+
+    Raises:
+        ExportError: the model cannot be written, or the file does not load, run or agree.
+        UsageError: the path cannot be written, or the arguments are wrong.
+
+    Example: ``export_onnx(fast, "model.onnx", args, kwargs)``
+    """
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    report = getattr(model, "report", None)
+    rewrites = tuple(dict.fromkeys(a.rewrite for a in report.applications)) if isinstance(report, Report) else ()
+    return to_onnx(program, path, provider=provider, opset=opset, dynamic=dynamic_shapes != "static", check=check, rewrites=rewrites)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a rewrite fired where it did, and why not elsewhere.
+
+    Attributes:
+        rewrite: its name.
+        fired: ids of the applications.
+        refused: id and sentence of each refusal.
+        nearest: the nearest miss of a rule that found nothing, or "".
+    """
+
+    rewrite: str
+    fired: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+    nearest: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.rewrite}: fired {len(self.fired)}, declined {len(self.refused)}"]
+        lines += [f"  fired at {i.split('@', 1)[-1]}" for i in self.fired]
+        lines += [f"  not at {i.split('@', 1)[-1]}: {reason}" for i, reason in self.refused]
+        return "\n".join(lines + ([f"  nearest miss: {self.nearest}"] if self.nearest else []))
+
+
+def explain(
+    model: Model,
+    rule: str | Pass,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    at: str | None = None,
+) -> Explanation:
+    """Why a rewrite fires or does not fire, without keeping it.
+
+    Args:
+        model: a module with an example call, or a program.
+        rule: the rewrite, by name or itself.
+        at: only below this module path.
+
+    Example:
+        >>> program = capture(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval(), (torch.randn(2, 8),))
+        >>> print(explain(program, "layer-norm-to-rms-norm"))
+        layer-norm-to-rms-norm: fired 1, declined 0
+          fired at 1/layer_norm
+    """
+    rewrite = _pass(rule)
+    program = capture(model, args, kwargs)
+    miss = nearest_miss(rewrite, program, at) if isinstance(rewrite, Rule) else None
+    context = Context(check=False, only=(at,) if at else ())
+    run_passes((rewrite,), program, context, check=False)
+    log = context.log
+    fired = tuple(a.id for a in log.applications)
+    refused = tuple((r.id, r.reason) for r in log.refusals)
+    return Explanation(rewrite.name, fired, refused, miss.sentence if miss is not None and not fired else "")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The rewrites, recipes and targets there are.
+
+    Attributes:
+        passes: name, claim, paper, phase, purpose and first docstring line of each rewrite.
+        recipes: name to the names of its passes, in order.
+        targets: names.
+    """
+
+    passes: tuple[dict[str, str], ...]
+    recipes: dict[str, tuple[str, ...]]
+    targets: tuple[str, ...]
+
+
+def catalogue() -> Catalogue:
+    """What there is, as data.
+
+    Example:
+        >>> "inference" in catalogue().recipes
+        True
+    """
+    rows = tuple(
+        {"name": p.name, "claim": p.claim.name, "note": p.claim.note, "paper": p.paper, "phase": p.phase, "purpose": p.purpose,
+         "summary": _summary(p)}
+        for p in _known().values()
+    )  # fmt: skip
+    recipes = {name: tuple(p.name for p in recipe().passes()) for name, recipe in RECIPES.items()}
+    return Catalogue(rows, recipes, tuple(TARGETS))
+
+
+# -- resolving what the user named -----------------------------------------------------------------------------
+
+
+def _known() -> dict[str, Pass]:
+    """Our passes, and those that installed packages add through the entry point group ``tautomer.passes``."""
+    passes = {rewrite.name: rewrite for rewrite in (kind() for kind in PASSES)}
+    for entry in importlib.metadata.entry_points(group="tautomer.passes"):
+        rewrite = entry.load()()
+        if not isinstance(rewrite, Pass):
+            raise UsageError(f"the entry point '{entry.name}' of tautomer.passes is not a Pass", hint=f"mend {entry.value}")
+        passes.setdefault(rewrite.name, rewrite)
+    return passes
+
+
+def _passes(recipe: str | Recipe, passes: Sequence[str | Pass] | None) -> tuple[Pass, ...]:
+    if passes is not None:
+        if isinstance(passes, str):
+            raise UsageError(f"passes takes a list, not the string {passes!r}", hint=f"passes=[{passes!r}]")
+        return tuple(map(_pass, passes))
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise _unknown("recipe", recipe, RECIPES)
+        recipe = RECIPES[recipe]()
+    return recipe.passes()
+
+
+def _pass(named: str | Pass) -> Pass:
+    if isinstance(named, Pass):
+        return named
+    if isinstance(named, type) and issubclass(named, Pass):
+        return named()
+    known = _known()
+    if named not in known:
+        raise _unknown("pass", str(named), known)
+    return known[named]
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, 1)
+    return UsageError(f"there is no {kind} '{name}'", hint=f"'{nearest[0]}'" if nearest else f"one of {', '.join(names)}")
+
+
+def _load_exported(path: Path) -> torch.export.ExportedProgram:
+    if not path.exists():
+        raise UsageError(f"there is no file {path}")
+    try:
+        return torch.export.load(path)
+    except Exception as failure:
+        raise UsageError(f"{path} is not a .pt2 file that torch.export wrote: {failure}") from failure
+
+
+def _summary(rewrite: Pass) -> str:
+    module = __import__("sys").modules[type(rewrite).__module__]
+    return (module.__doc__ or type(rewrite).__doc__ or "").strip().splitlines()[0]
+
+
+def _measure(original: Program, program: Program, target: Target, outcome: Outcome) -> Timing | None:
+    """Both programs on the example, alternating; only where making them ready costs little, and something fired."""
+    if not target.name.startswith("eager") or not outcome.log.applications:
+        return None
+    before, after = measure(target.compile(original), target.compile(program), original.example)
+    return Timing(before / 1e3, after / 1e3, target.name)
