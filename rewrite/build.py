@@ -169,6 +169,8 @@ class _Translation:
         entries = list(stack.items())
         if entries and entries[0][1][0] == "" and len(entries) > 1:
             entries = entries[1:]
+        # Nodes that tracing added on its own carry a stack of one invented module.
+        entries = [entry for entry in entries if not str(entry[1][0]).startswith("_empty_nn_module_stack")]
         node.meta["nn_module_stack"] = {key: (self.strip(path), kind) for key, (path, kind) in entries}
 
 

@@ -149,7 +149,7 @@ def explain(error: BaseException, owner: str) -> CaptureError:
         if re.search(pattern, text):
             return CaptureError(f"{owner} {reason} ({first[:200]})", where=where, hint=hint)
     return CaptureError(f"{owner} cannot be captured: {type(error).__name__}: {first[:300]}", where=where,
-                        hint="tautomer.rewrite.capture_parts(model, args, kwargs) captures the submodules that can be")
+                        hint="torch operations for what this line does, or to take it out of forward")
 
 
 def user_line(error: BaseException) -> str | None:

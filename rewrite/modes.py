@@ -104,8 +104,8 @@ class _Merge:
         source.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)
 
     def only_in_training(self, node: fx.Node) -> None:
-        """Besides a layout, a counter of batches is the one thing that only train mode may do."""
-        if _is_layout(node):
+        """Besides layouts and sizes, a counter of batches is the one thing that only train mode may do."""
+        if _is_layout(node) or node.target is aten.sym_size.int:
             return
         counts = node.target is aten.add_.Tensor and node.args[1] == 1 and not node.users
         counter = node.args[0] if counts else None

@@ -1,0 +1,89 @@
+"""An export becomes a program: the user's names, one spelling of every call, provenance kept."""
+
+from __future__ import annotations
+
+import torch
+from tautomer.rewrite.build import arguments
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.program import path_of
+from torch import nn
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x, other=None):
+        return torch.nn.functional.layer_norm(input=self.block(x), normalized_shape=[4], weight=None, eps=1e-5) + other
+
+
+def test_names_paths_and_sources():
+    program = capture(Net(), (torch.randn(2, 4),), {"other": torch.randn(2, 4)})
+    assert [node.name for node in program.placeholders] == ["x", "other"]
+    assert set(program.weights) == {"block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias"}
+    (linear,) = program.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert path_of(linear) == "block.0" and linear.args[1].target == "block.0.weight"
+    assert [path_of(n) for n in program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)] == ["block.1", ""]
+    assert all("val" in node.meta for node in program.graph.nodes if node.op != "output")
+
+
+def test_arguments_stand_by_position_and_defaults_are_left_out():
+    program = capture(Net(), (torch.randn(2, 4),), {"other": torch.randn(2, 4)})
+    first, second = program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
+    assert first.args[1:] == ([4], *first.args[2:4]) and not first.kwargs
+    assert second.args == (second.args[0], [4]) and not second.kwargs
+    assert dict(arguments(second))["eps"] == 1e-5 and dict(arguments(second))["weight"] is None
+
+
+def test_an_autocast_region_stays_one_node():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.linear(x)
+            return y.float()
+
+    model = Casts()
+    program = capture(model, (torch.randn(2, 4),))
+    assert len(program.regions) == 1 and program.count(aten.linear.default) == 0
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        assert torch.equal(interpret(program, [x])[0], model(x))
+
+
+def test_gradients_switched_twice():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            with torch.no_grad():
+                y = x * self.a
+                with torch.enable_grad():
+                    z = y * self.a
+            return z + y
+
+    model = Nested()
+    program = capture(model, (torch.randn(2, 3),))
+    x = torch.randn(4, 3)
+    interpret(program, [x])[0].sum().backward()
+    mine, model.a.grad = model.a.grad, None
+    model(x).sum().backward()
+    assert torch.equal(mine, model.a.grad)
+
+
+def test_checks_of_the_exporter_are_dropped():
+    class Casts(nn.Module):
+        def forward(self, x):
+            return x.to(torch.float32) * 2
+
+    program = capture(Casts(), (torch.randn(2, 4),))
+    assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.mul.Tensor"]

@@ -1,0 +1,137 @@
+"""canonical form: one spelling per fact, the same bits, and a second call changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tautomer.rewrite.canonical import canonicalize
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.interpret import interpret
+from torch import nn
+
+aten = torch.ops.aten
+
+
+class Runs(nn.Module):
+    """``function`` as a model with a weight ``w`` [4, 6] and ``b`` [6]."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+        self.w, self.b = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+        self.register_buffer("mask", torch.ones(4))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def calls(function, x=None):
+    """The operators that ``function`` becomes, after checking the program on two batch sizes."""
+    torch.manual_seed(0)
+    model = Runs(function).eval()
+    x = torch.randn(2, 3, 4) if x is None else x
+    program = capture(model, (x,))
+    text = str(program)
+    assert str(canonicalize(program)) == text
+    for batch in (2, 5):
+        given = x[torch.arange(batch) % 2]
+        torch.testing.assert_close(interpret(program, [given.clone()])[0], model(given), rtol=1e-6, atol=1e-6)
+    ignored = ("sym_size", "t")
+    names = [getattr(node.target, "_schema", node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return [n for n in (getattr(name, "name", str(name)).removeprefix("aten::") for name in names) if n not in ignored]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.to(torch.float32).relu(),
+        lambda m, x: x.type_as(m.w).relu(),
+        lambda m, x: x[:, :].relu(),
+        lambda m, x: x.reshape(x.shape).relu(),
+        lambda m, x: x.view(-1, 4).view(x.shape[0], 3, 4).relu(),
+        lambda m, x: x.expand(x.shape[0], 3, 4).relu(),
+        lambda m, x: x.permute(0, 1, 2).transpose(1, 1).relu(),
+        lambda m, x: x.contiguous().clone().relu(),
+        lambda m, x: (x * 1 / 1.0 - 0).relu(),
+        lambda m, x: nn.functional.dropout(nn.functional.dropout(x, 0.5, False), 0.0, True).relu(),
+        lambda m, x: torch.cat([torch.empty(0), x], -1).relu(),
+        lambda m, x: torch.cat([x]).relu(),
+    ],
+)
+def test_nothing_happens(function):
+    assert calls(function) == ["relu"]
+
+
+def test_integers_plus_zero():
+    assert calls(lambda m, x: (x + 0) * 3, torch.ones(2, 3, dtype=torch.long)) == ["mul"]
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"),
+    [
+        (lambda m, x: x.double().relu(), ["to", "relu"]),
+        (lambda m, x: x[:, 1:].relu(), ["slice", "relu"]),
+        (lambda m, x: (x + 0).relu(), ["add", "relu"]),
+        (lambda m, x: x.transpose(0, 1).contiguous().relu(), ["transpose", "contiguous", "relu"]),
+        (lambda m, x: nn.functional.dropout(x, 1.0, True).relu(), ["dropout", "relu"]),
+        (lambda m, x: x.view(-1, 4).relu(), ["reshape", "relu"]),
+        (lambda m, x: x @ x.transpose(1, 2), ["transpose", "matmul"]),
+        (lambda m, x: x.clone(), ["clone"]),
+        (lambda m, x: x.expand(2, 2, 3, 4).relu() if x.dim() == 4 else x.unsqueeze(0).expand(2, -1, -1, -1).relu(), ["unsqueeze", "expand", "relu"]),
+    ],
+)
+def test_what_does_something_stays(function, kept):
+    if kept == ["transpose", "contiguous", "relu"]:
+        model = Runs(function)
+        x = torch.randn(2, 3, 4)
+        program = capture(model, (x,))
+        assert program.count(aten.contiguous.default) == 1
+        return
+    assert calls(function) == kept
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(x.shape[0], x.shape[1], 6),
+        lambda m, x: torch.addmm(m.b, x.reshape(-1, x.size(-1)), m.w).view(x.size()[:-1] + (6,)),
+        lambda m, x: x @ m.w,
+        lambda m, x: torch.matmul(x, m.w),
+        lambda m, x: torch.mm(x.view(-1, 4), m.w).view(x.shape[0], 3, 6),
+        lambda m, x: nn.functional.linear(x, m.w.t(), m.b),
+    ],
+)
+def test_a_product_with_a_weight_is_linear(function):
+    assert calls(function) == ["linear"]
+
+
+def test_a_product_that_is_scaled_is_not():
+    assert calls(lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w, alpha=2.0)) == ["reshape", "addmm"]
+
+
+def test_the_transposed_weight_is_an_expression():
+    program = capture(Runs(lambda m, x: x @ m.w), (torch.randn(2, 3, 4),))
+    (linear,) = program.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert str(program.expression(linear.args[1])) == "t.default(w)"
+    assert linear.args[1].meta["val"].shape == (6, 4)
+
+
+def test_a_copy_that_is_returned_stays_a_copy():
+    model = Runs(lambda m, x: (x.clone(), m.mask * 1))
+    program = capture(model, (torch.randn(2, 3, 4),))
+    x = torch.randn(2, 3, 4)
+    copied, product = interpret(program, [x])
+    assert copied.data_ptr() != x.data_ptr() and product.data_ptr() != model.mask.data_ptr()
+
+
+def test_metadata_follows_a_change_of_strides():
+    program = capture(Runs(lambda m, x: torch.cat([torch.empty(0), x.transpose(1, 2)], -1) + 1.5), (torch.randn(2, 3, 4),))
+    (add,) = program.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+    assert add.args[0].target is aten.transpose.int
+    assert add.meta["val"].stride()[1:] == (1, 4)
+
+
+def test_no_new_guards():
+    program = capture(Runs(lambda m, x: x.view(x.shape[0], 3, 4).relu()), (torch.randn(4, 3, 4),))
+    assert not isinstance(program.placeholders[0].meta["val"].shape[0], int)
+    assert program.signature.conditions == ("leaves[0].size()[1] == 3", "leaves[0].size()[2] == 4")

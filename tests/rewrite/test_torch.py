@@ -1,0 +1,111 @@
+"""One test per private name of torch: when a version changes one, this file says which."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tautomer.rewrite import _torch
+from torch import nn
+
+
+class Doubles(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = self.weight * 2
+        return x * gate if x.shape[0] > 2 else x
+
+
+@pytest.fixture
+def exported():
+    sizes = {"x": {0: torch.export.Dim.AUTO}}
+    return torch.export.export(Doubles(), (torch.ones(4, 3),), strict=False, dynamic_shapes=sizes)
+
+
+def test_unlifted_module(exported):
+    module = _torch.unlifted_module(exported)
+    assert [n.target for n in module.graph.nodes if n.op == "get_attr"][0] == "weight"
+    assert not any(n.op == "call_module" for n in module.graph.nodes)
+
+
+def test_set_grad_enabled_region(exported):
+    module = _torch.unlifted_module(exported)
+    (region,) = [n for n in module.graph.nodes if n.target is _torch.set_grad_enabled_region]
+    assert region.args[0] is False and isinstance(module.get_submodule(region.args[1].target), torch.fx.GraphModule)
+
+
+def test_autocast_region():
+    class Casts(nn.Module):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return x @ x
+
+    module = _torch.unlifted_module(torch.export.export(Casts(), (torch.ones(2, 2),), strict=False))
+    (region,) = [n for n in module.graph.nodes if n.target is _torch.autocast_region]
+    assert region.args[:3] == ("cpu", torch.bfloat16, True)
+
+
+def test_guards_of(exported):
+    assert _torch.guards_of(exported) == ["L['x'].size()[0] > 2"]
+
+
+def test_size_functions():
+    assert eval("math.floor(7 / 2)", dict(_torch.size_functions)) == 3
+
+
+def test_fake_mode_of_and_shape_env(exported):
+    mode = _torch.fake_mode_of(exported.graph)
+    assert isinstance(mode, _torch.FakeTensorMode) and isinstance(mode.shape_env, _torch.ShapeEnv)
+
+
+def test_no_new_guards(exported):
+    mode = _torch.fake_mode_of(exported.graph)
+    size = next(n for n in exported.graph.nodes if n.name == "x").meta["val"].shape[0]
+    with _torch.no_new_guards(mode), pytest.raises(Exception, match="[Gg]uard"):
+        bool(size == 4)
+    with _torch.no_new_guards(None):
+        pass
+
+
+def test_statically_known_true(exported):
+    size = next(n for n in exported.graph.nodes if n.name == "x").meta["val"].shape[0]
+    assert _torch.statically_known_true(size == size) and not _torch.statically_known_true(size == 4)
+
+
+def test_oblivious_sizes():
+    sizes = {"x": {0: torch.export.Dim.AUTO}}
+    with _torch.oblivious_sizes():
+        exported = torch.export.export(nn.ReLU(), (torch.ones(1, 3),), strict=False, dynamic_shapes={"input": sizes["x"]})
+    (x,) = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    assert not isinstance(x.meta["val"].shape[0], int)
+
+
+def test_erased():
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    assert not _torch.erased(node)
+    graph.erase_node(node)
+    assert _torch.erased(node)
+
+
+def test_storage_key():
+    x = torch.zeros(4)
+    assert _torch.storage_key(x) == _torch.storage_key(x[1:]) != _torch.storage_key(x.clone())
+    assert _torch.storage_key(torch.empty(2, device="meta")) != _torch.storage_key(torch.empty(2, device="meta"))
+
+
+def test_operator_observer():
+    seen = []
+    x, y = torch.zeros(2), torch.ones(2)
+    with _torch.OperatorObserver(lambda tensor: seen.append(tensor.clone())):
+        x.add_(y)
+        torch.add(x, y)
+    assert len(seen) == 1 and torch.equal(seen[0], torch.zeros(2))
+
+
+def test_pytree_and_fake_tensor(exported):
+    assert _torch.pytree.tree_leaves([1, (2, None)]) == [1, 2, None]
+    assert isinstance(next(n for n in exported.graph.nodes if n.name == "x").meta["val"], _torch.FakeTensor)
