@@ -9,6 +9,7 @@
 from ._front import (
     Catalogue,
     Explanation,
+    bench,
     capture,
     catalogue,
     explain,
@@ -22,6 +23,7 @@ from ._front import (
 __all__ = [
     "Catalogue",
     "Explanation",
+    "bench",
     "capture",
     "catalogue",
     "explain",

@@ -1,0 +1,1 @@
+../../tautomer/__main__.py

@@ -1,0 +1,186 @@
+"""The command line: the front door's verbs on ``module:factory``, ``.pt2`` and ``hf:DIRECTORY``.
+
+Exit code 0, or 1 with one clear sentence on bad input or a broken claim; a traceback only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import tautomer
+from tautomer.rewrite.errors import TautomerError
+
+from ._models import load_model
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="The same PyTorch model in another, provably equal form.")
+_out, _err = Console(), Console(stderr=True)
+
+Spec = Annotated[str, typer.Argument(help="package.module:factory, a .pt2 file, or hf:DIRECTORY")]
+Json = Annotated[bool, typer.Option("--json", help="print data instead of text")]
+Target = Annotated[str, typer.Option(help="where it should pay: eager, inductor, onnxruntime")]
+Recipe = Annotated[str, typer.Option(help="which rewrites, by the name of a recipe")]
+Passes = Annotated[list[str] | None, typer.Option("--pass", help="exactly this rewrite (repeatable), paying or not")]
+Static = Annotated[bool, typer.Option("--static", help="fix every size to the example's")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option(help="show tracebacks")] = False) -> None:
+    _settings["debug"] = debug
+
+
+_settings = {"debug": False}
+
+
+@app.command()
+def optimize(
+    model: Spec,
+    recipe: Recipe = "inference",
+    passes: Passes = None,
+    target: Target = "eager",
+    save: Annotated[Path | None, typer.Option(help="write the result to this folder")] = None,
+    static: Static = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a model, check it, and print the report."""
+    loaded = load_model(model)
+    with _progress(as_json) as tell:
+        fast = tautomer.optimize(
+            loaded.model, loaded.args, loaded.kwargs, recipe=recipe, passes=passes, target=target,
+            dynamic_shapes="static" if static else "auto", progress=tell,
+        )  # fmt: skip
+    _show(fast.report, fast.report.as_dict(), as_json)
+    if save is not None:
+        _err.print(f"saved to {tautomer.save(fast, save)}")
+
+
+@app.command()
+def export(
+    model: Spec,
+    path: Annotated[Path, typer.Argument(help="the ONNX file to write")],
+    rewrite: Annotated[bool, typer.Option(help="optimize for ONNX Runtime first")] = True,
+    provider: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    opset: int = 23,
+    static: Static = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as ONNX, run it on ONNX Runtime and compare."""
+    loaded = load_model(model)
+    sizes = "static" if static else "auto"
+    subject: Any = loaded.model
+    with _progress(as_json) as tell:
+        if rewrite:
+            target = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+            subject = tautomer.optimize(subject, loaded.args, loaded.kwargs, target=target, dynamic_shapes=sizes, progress=tell)
+        tell("exporting and running the file")
+        report = tautomer.export_onnx(
+            subject, path, loaded.args, loaded.kwargs, provider=provider, opset=opset, dynamic_shapes=sizes
+        )
+    _show(report, dataclasses.asdict(report), as_json)
+
+
+@app.command()
+def verify(
+    reference: Spec,
+    candidate: Spec,
+    gradients: Annotated[bool, typer.Option(help="compare gradients too")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check that two models agree on the reference's example inputs and at other sizes."""
+    ours, theirs = load_model(reference), load_model(candidate)
+    with _progress(as_json):
+        evidence = tautomer.verify(ours.model, theirs.model, ours.args, ours.kwargs, gradients=gradients)  # type: ignore[arg-type]
+    _show(f"they agree: {evidence}", dataclasses.asdict(evidence), as_json)
+
+
+@app.command()
+def explain(
+    model: Spec,
+    rewrite: Annotated[str, typer.Argument(help="the rewrite, by name")],
+    at: Annotated[str | None, typer.Option(help="only below this module path")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where a rewrite fires and why it does not fire elsewhere."""
+    loaded = load_model(model)
+    with _progress(as_json):
+        explanation = tautomer.explain(loaded.model, rewrite, loaded.args, loaded.kwargs, at=at)
+    _show(str(explanation), dataclasses.asdict(explanation), as_json)
+
+
+@app.command()
+def catalogue(as_json: Json = False) -> None:
+    """List the rewrites, recipes and targets there are."""
+    found = tautomer.catalogue()
+    table = Table("rewrite", "claim", "for", "what it does", box=None)
+    for row in found.passes:
+        table.add_row(row["name"], row["claim"], row["purpose"], row["summary"])
+    _show(table, dataclasses.asdict(found), as_json)
+    if not as_json:
+        _out.print(f"recipes: {', '.join(found.recipes)}; targets: {', '.join(found.targets)}")
+
+
+@app.command()
+def bench(
+    model: Spec,
+    recipe: Recipe = "inference",
+    target: Target = "eager",
+    rounds: Annotated[int, typer.Option(help="alternating rounds")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Time a model before and after, alternating in one run, on the target."""
+    loaded = load_model(model)
+    with _progress(as_json) as tell:
+        timing = tautomer.bench(
+            loaded.model, loaded.args, loaded.kwargs, recipe=recipe, target=target, rounds=rounds, progress=tell
+        )
+    text = f"{timing.before_ms:.3f} ms → {timing.after_ms:.3f} ms on {timing.target} ({timing.ratio:.3f} of the time, {rounds} rounds)"
+    _show(text, dataclasses.asdict(timing), as_json)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error that names the phase; silent with ``--json``."""
+    if quiet:
+        yield lambda phase: None
+        return
+    with _err.status("capturing …") as status:
+        yield lambda phase: status.update(f"{phase} …")
+
+
+def _show(text: Any, data: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(data, default=str))
+    else:
+        _out.print(text)
+
+
+def main() -> None:
+    """The entry point of the command ``tautomer``."""
+    try:
+        app(standalone_mode=False)
+    except TautomerError as error:
+        if _settings["debug"]:
+            raise
+        _err.print(f"tautomer: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        if _settings["debug"]:
+            raise
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        _err.print(f"tautomer: {str(message).splitlines()[0]} (--debug shows where)", style="red", markup=False, highlight=False)
+        sys.exit(getattr(error, "exit_code", 1) or 1)
+
+
+if __name__ == "__main__":
+    main()
