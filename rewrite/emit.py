@@ -9,7 +9,7 @@ weight of the table when something computed at run time reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -100,14 +100,15 @@ class GraphOps(Ops):
         Raises:
             Refused: the op does not accept these operands.
         """
-        fake = self.editor.metadata.call(op.target, value_of(args), {k: value_of(v) for k, v in kwargs.items()})
-        operands = _operands((args, kwargs))
-        expressions = {id(x): self.expression(x) for x in operands}
-        if operands and all(expressions.values()) and isinstance(fake, Tensor):
-            substitute = lambda x: expressions.get(id(x), x)  # noqa: E731
+        fake = self.editor.metadata.call(op.target, value_of(args), {k: value_of(v) for k, v in kwargs.items()} if kwargs else {})
+        operands = list(_operands(args)) + (list(_operands(tuple(kwargs.values()))) if kwargs else [])
+        if operands and isinstance(fake, Tensor) and all(map(self.constant, operands)):
+            substitute = lambda x: self.expression(x) if isinstance(x, (fx.Node, Derived)) else x  # noqa: E731
             keywords = tuple((k, _plain(v, substitute)) for k, v in kwargs.items())
             return Derived(Apply(op.target, _plain(args, substitute), keywords), fake)
-        return self._emit(op, *self._stage_operands(op, args, kwargs), fake)
+        if any(isinstance(x, Derived) for x in operands):
+            args, kwargs = self._stage_operands(op, args, kwargs)
+        return self._emit(op, args, kwargs, fake)
 
     def _emit(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], fake: Any) -> fx.Node:
         with self.program.graph.inserting_before(self.anchor):
@@ -116,6 +117,10 @@ class GraphOps(Ops):
         inherit(node, self.origin)
         self.created.append(node)
         return node
+
+    def constant(self, x: fx.Node | Derived) -> bool:
+        """Whether ``x`` reads weights alone."""
+        return isinstance(x, Derived) or self.editor.constant(x)
 
     def expression(self, x: Any) -> Expression | None:
         """``x`` as an expression over the leaves, if it reads weights alone."""
@@ -182,10 +187,12 @@ class GraphOps(Ops):
         return map_aggregate(x, lambda y: self.node(y, name) if isinstance(y, Derived) else y)
 
 
-def _operands(x: Any) -> list[fx.Node | Derived]:
-    found: list[fx.Node | Derived] = []
-    map_aggregate(x, lambda y: found.append(y) if isinstance(y, (fx.Node, Derived)) else None)
-    return found
+def _operands(x: Any) -> Iterator[fx.Node | Derived]:
+    for y in x:
+        if isinstance(y, (fx.Node, Derived)):
+            yield y
+        elif isinstance(y, (list, tuple)):
+            yield from _operands(y)
 
 
 def _plain(x: Any, substitute: Callable[[Any], Any]) -> Any:

@@ -79,11 +79,11 @@ class _Engine:
         for rule in sorted(rules, key=lambda rule: -compiled(rule).size):
             for entry in compiled(rule).entries:
                 self.index.setdefault(id(entry.target), []).append(_Candidate(rule, compiled(rule), entry))
-        self.depth = max((compiled(rule).depth for rule in rules), default=0)
+        self.reach = {key: max(candidate.pattern.depth for candidate in group) for key, group in self.index.items()}
         self.queue: deque[fx.Node] = deque()
         self.queued: set[fx.Node] = set()
         self.refusals: dict[tuple[Equation, fx.Node], str] = {}
-        self.checked: dict[Hashable, float | None] = {}
+        self.checked: dict[Hashable, float | ClaimBroken | None] = {}
         self.fired: list[str] = []
         self.made: dict[fx.Node, Equation] = {}
         self.readers = _Readers(program)
@@ -120,8 +120,12 @@ class _Engine:
     def visit(self, node: fx.Node) -> None:
         operands = {id(operand.target) for operand in node.all_input_nodes}
         for candidate in self.index[id(node.target)]:
-            if candidate.entry.required <= operands and self.attempt(candidate, node):
-                return
+            for needed in candidate.entry.required:
+                if needed.isdisjoint(operands):
+                    break
+            else:
+                if self.attempt(candidate, node):
+                    return
 
     def attempt(self, candidate: _Candidate, node: fx.Node) -> bool:
         """Apply the first way the pattern fits that nothing speaks against; remember what spoke against the first."""
@@ -195,10 +199,12 @@ class _Engine:
         """New metadata by old node, where strides changed; every reader downstream must be able to run on it."""
         metadata, overlay = self.editor.metadata, dict[fx.Node, Any]()
         for before, after in zip(old, new, strict=True):
-            change = difference(before.meta.get("val"), after.meta.get("val"))
+            was, becomes = before.meta.get("val"), after.meta.get("val")
+            if metadata.agree(was, becomes):
+                continue
+            change = difference(was, becomes)
             require(change is None, f"the result would change: {change}")
-            if not metadata.agree(before.meta.get("val"), after.meta.get("val")):
-                overlay[before] = after.meta["val"]
+            overlay[before] = becomes
         pending = sorted({user for node in overlay for user in node.users}, reverse=True)
         while pending:
             node = pending.pop()
@@ -231,13 +237,15 @@ class _Engine:
             return None
         old = region_between(found.roots, frontier, {other: node for other, node in found.twins if other is not node})
         new = Region(tuple(op.created), roots, {})
-        question = (rule, signature(old, new, self.editor))
+        question = (rule, signature(old, op.created, self.editor))
         if question not in self.checked:
             try:
                 self.checked[question] = hold(rule.claim, old, new, self.editor)
             except ClaimBroken as broken:
-                raise Refused(broken.what) from broken
-        return self.checked[question]
+                self.checked[question] = broken
+        if isinstance(error := self.checked[question], ClaimBroken):
+            raise Refused(error.what)
+        return error
 
     def commit(self, op: GraphOps, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...], overlay: dict[fx.Node, Any]) -> None:
         created = set(op.created)
@@ -254,13 +262,12 @@ class _Engine:
         erase_dead(self.program.graph, old)
 
     def affected(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> list[fx.Node]:
-        """The new nodes, and everything near enough above the new roots to have them inside its pattern."""
-        found = dict.fromkeys((*op.created, *roots))
-        level: Iterable[fx.Node] = roots
-        for _ in range(self.depth):
-            level = [user for node in level for user in node.users if user not in found]
-            found.update(dict.fromkeys(level))
-        return list(found)
+        """The new nodes, and what stands near enough above the new roots to have them inside its pattern."""
+        found, level = [*op.created, *roots], dict.fromkeys(roots)
+        for height in range(1, max(self.reach.values(), default=0)):
+            level = {user: None for node in level for user in node.users}
+            found += [node for node in level if self.reach.get(id(node.target), 0) > height]
+        return found
 
 
 class _Readers:

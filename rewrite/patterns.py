@@ -131,10 +131,13 @@ Matcher = Callable[..., Iterator[Found]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One way into a pattern: its function, tried at nodes of one target that have the required operands."""
+    """One way into a pattern: its function, tried at nodes of one target that have the required operands.
+
+    ``required`` holds sets of targets (by id): among the operands of the node, one of each set must be found.
+    """
 
     target: Callable[..., Any]
-    required: frozenset[int]
+    required: tuple[frozenset[int], ...]
     match: Matcher
 
 
@@ -201,9 +204,17 @@ def _depth(pattern: Any) -> int:
     return max(map(_depth, _children(pattern)), default=0) + isinstance(pattern, Call)
 
 
-def _required(root: Call) -> frozenset[int]:
-    """The targets that must be among the operands of the root: a set comparison rejects most nodes."""
-    return frozenset(id(child.op.target) for child in root.args if isinstance(child, Call))
+def _required(root: Call) -> tuple[frozenset[int], ...]:
+    """What must be among the operands of the root: a few set operations reject most nodes."""
+    return tuple(frozenset(targets) for targets in map(_targets, root.args) if targets)
+
+
+def _targets(pattern: Any) -> set[int]:
+    """The targets one of which ``pattern`` is; empty if it may be anything."""
+    if isinstance(pattern, Call):
+        return {id(pattern.op.target)}
+    targets = list(map(_targets, pattern.alternatives)) if isinstance(pattern, AnyOf) else []
+    return set().union(*targets) if all(targets) else set()
 
 
 # -- congruence -----------------------------------------------------------------------------------------------

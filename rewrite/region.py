@@ -66,46 +66,49 @@ def region_between(roots: tuple[fx.Node, ...], frontier: set[fx.Node], twins: Ma
 # -- one region, one question ---------------------------------------------------------------------------------
 
 
-def signature(old: Region, new: Region, editor: Editor) -> Hashable:
-    """What the check depends on but the values of the weights: equal for the same rewrite in another layer."""
+def signature(old: Region, created: Sequence[fx.Node], editor: Editor) -> Hashable:
+    """What the check depends on but the values of the weights: equal for the same rewrite in another layer.
+
+    The right side of a rule is a function of what the left side bound, so the left side and the ops of the right do.
+    """
     number: dict[Any, int] = {}
+    described: list[Hashable] = []
 
     def index(x: Any) -> int:
-        return number.setdefault(x, len(number))
+        known = number.get(x)
+        if known is None:
+            known = number[x] = len(number)
+        return known
 
-    inputs = dict.fromkeys((*old.inputs, *new.inputs))
-    metas = tuple((index(node), _describe(node, editor, index)) for node in inputs)
-    return metas, *(_spell(region, index) for region in (old, new))
+    def plain(x: Any) -> Hashable:
+        if isinstance(x, fx.Node):
+            x = old.twins.get(x, x)
+            if x not in number:
+                described.append(_describe(x, editor, index))
+            return ("node", index(x))
+        return tuple(map(plain, x)) if isinstance(x, (list, tuple)) else x
+
+    calls: list[Hashable] = []
+    for node in old.nodes:
+        calls.append((id(node.target), *map(plain, node.args)))
+        if node.kwargs:
+            calls.append(tuple((k, plain(v)) for k, v in node.kwargs.items()))
+        index(node)
+    targets = tuple(id(node.target) for node in created)
+    return tuple(calls), tuple(described), tuple(map(index, old.roots)), targets
 
 
 def _describe(node: fx.Node, editor: Editor, index: Callable[[Any], int]) -> Hashable:
     meta = editor.metadata.key(node.meta.get("val"))
-    expression = editor.expression(node)
-    return (meta, _shape_of(expression, editor, index)) if expression is not None else meta
+    return (meta, _shape_of(editor.expression(node), editor, index)) if editor.constant(node) else meta
 
 
 def _shape_of(x: Any, editor: Editor, index: Callable[[Any], int]) -> Hashable:
     if isinstance(x, Leaf):
-        leaf = editor.program.weights.leaves[x.name]
-        return ("leaf", index(x), tuple(leaf.shape), leaf.dtype)
+        return ("leaf", index(x), editor.metadata.key(editor.program.weights.leaves[x.name]))
     if isinstance(x, Apply):
-        return (id(x.target), _shape_of(x.args, editor, index), _shape_of(x.kwargs, editor, index))
+        return (id(x.target), *(_shape_of(y, editor, index) for y in (*x.args, *x.kwargs)))
     return tuple(_shape_of(y, editor, index) for y in x) if isinstance(x, tuple) else x
-
-
-def _spell(region: Region, index: Callable[[Any], int]) -> Hashable:
-    def plain(x: Any) -> Hashable:
-        if isinstance(x, fx.Node):
-            return ("node", index(region.twins.get(x, x)))
-        if isinstance(x, (list, tuple)):
-            return tuple(map(plain, x))
-        return (x.__class__, x)
-
-    calls = tuple(
-        (index(n), id(n.target), plain(n.args), tuple((k, plain(v)) for k, v in n.kwargs.items()) if n.kwargs else ())
-        for n in region.nodes
-    )
-    return calls, tuple(map(index, region.roots))
 
 
 # -- running both sides ---------------------------------------------------------------------------------------

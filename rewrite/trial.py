@@ -1,0 +1,252 @@
+"""A rule tried without a model: its own left side, in every spelling, is the model.
+
+    for every sample and every spelling:    it fires, both sides agree in float64, gradients too, and once is enough
+    for every near miss:                    it does not fire, or the two sides are still equal
+
+A near miss is a spelling with one literal, axis, flag or dtype changed, or with one more reader inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._torch import FakeTensorMode, pytree
+from .emit import GraphOps
+from .errors import ClaimBroken, Refused
+from .interpret import interpret
+from .metadata import Derived, Metadata, refresh
+from .ops import form_of
+from .pass_base import Context
+from .patterns import AnyOf, Call, Variable, trace
+from .program import Program
+from .region import relative_error
+from .rules import Rule
+from .signature import Signature
+from .weights import Weights
+
+TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial saw.
+
+    Attributes:
+        spellings: how many ways of writing the left side fired, operands exchanged included.
+        near_misses: how many near misses were tried.
+        refused: how many of them did not fire; the others were equal all the same.
+        error: the worst relative error, in float64.
+    """
+
+    spellings: int
+    near_misses: int
+    refused: int
+    error: float
+
+
+def try_rule(rule: Rule) -> Trial:
+    """Try ``rule`` on its own samples.
+
+    Raises:
+        ClaimBroken: it has no samples, a spelling does not fire, the sides disagree, it fires twice, or a near miss
+            fires and changes the result.
+
+    Example: ``assert try_rule(FoldLayerScale()).spellings``
+    """
+    spelled = near = refused = 0
+    worst = 0.0
+    samples = list(rule.samples())
+    if not samples:
+        raise ClaimBroken(f"{rule.name} has no samples, so nothing can be said about it")
+    for sample in samples:
+        for program in spellings(rule, sample):
+            spelled += 1
+            worst = max(worst, _fires_once(rule, program))
+        for program in near_misses(rule, sample):
+            near += 1
+            refused += _harmless(rule, program)
+    return Trial(spelled, near, refused, worst)
+
+
+def _fires_once(rule: Rule, program: Program) -> float:
+    original, context = program.copy(), Context()
+    rule.run(program, context)
+    if not context.log.applications:
+        why = [refusal.reason for refusal in context.log.refusals]
+        raise ClaimBroken(f"{rule.name} does not fire on {original}\n{why[0] if why else ''}")
+    error = _difference(original, program)
+    if error > TOLERANCE and rule.claim.exact:
+        raise ClaimBroken(f"{rule.name} changes the result by {error:.1e} on\n{original}\n->\n{program}")
+    again = Context()
+    rule.run(program, again)
+    if again.log.applications:
+        raise ClaimBroken(f"{rule.name} fires again on its own result:\n{program}")
+    return error
+
+
+def _harmless(rule: Rule, program: Program) -> bool:
+    """Whether a near miss was refused. Nothing but the pattern and ``where`` protects it: the check is off."""
+    original, context = program.copy(), Context(check=False)
+    rule.run(program, context)
+    if context.log.applications and rule.claim.exact and (error := _difference(original, program)) > TOLERANCE:
+        raise ClaimBroken(f"{rule.name} fires on a near miss and changes the result by {error:.1e}:\n{original}\n->\n{program}")
+    return not context.log.applications
+
+
+def _difference(a: Program, b: Program) -> float:
+    outputs = (interpret(p, p.example, dtype=torch.float64) for p in (a, b))
+    return max(map(relative_error, *reversed(list(outputs))))
+
+
+# -- the left side as a program -------------------------------------------------------------------------------
+
+
+def spellings(rule: Rule, sample: Mapping[str, Any]) -> Iterator[Program]:
+    """One program per way of writing the left side, and one more per exchange of a commutative pair."""
+    for program in _plain_spellings(rule, sample):
+        yield program.copy()
+        for node in program.graph.nodes:
+            if node.op == "call_function" and _commutes(node):
+                swapped = program.copy()
+                twin = next(n for n in swapped.graph.nodes if n.name == node.name)
+                twin.args = (twin.args[1], twin.args[0], *twin.args[2:])
+                yield swapped
+
+
+def _commutes(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor) and isinstance(node.args[1], fx.Node)
+
+
+def _plain_spellings(rule: Rule, sample: Mapping[str, Any]) -> Iterator[Program]:
+    variables, roots = trace(rule.before)
+    for chosen in _choices(roots, {}):
+        yield _spell(variables, roots, chosen, sample, rule.name)
+
+
+def _choices(roots: Any, chosen: dict[int, Any]) -> Iterator[dict[int, Any]]:
+    """Every assignment of the alternatives that are reached."""
+    open_choice = next(_open(roots, chosen), None)
+    if open_choice is None:
+        yield chosen
+        return
+    for alternative in open_choice.alternatives:
+        yield from _choices(roots, {**chosen, id(open_choice): alternative})
+
+
+def _open(pattern: Any, chosen: dict[int, Any]) -> Iterator[AnyOf]:
+    if isinstance(pattern, AnyOf):
+        if id(pattern) in chosen:
+            yield from _open(chosen[id(pattern)], chosen)
+        else:
+            yield pattern
+    for child in pattern.args if isinstance(pattern, Call) else pattern if isinstance(pattern, (list, tuple)) else ():
+        yield from _open(child, chosen)
+
+
+def _spell(variables: tuple[Variable, ...], roots: tuple[Any, ...], chosen: dict[int, Any], sample: Mapping[str, Any],
+           name: str) -> Program:  # fmt: skip
+    weights = {v.name: sample[v.name] for v in variables if "weight" in v.kind and isinstance(sample[v.name], Tensor)}
+    inputs = {v.name: sample[v.name] for v in variables if v.name not in weights and isinstance(sample[v.name], Tensor)}
+    graph, mode = fx.Graph(), FakeTensorMode()
+    bound = dict(sample)
+    for group, make in ((weights, graph.get_attr), (inputs, graph.placeholder)):
+        for key, tensor in group.items():
+            bound[key] = make(key)
+            bound[key].meta["val"] = mode.from_tensor(tensor)
+    output = graph.output(())
+    table = Weights.of({k: torch.nn.Parameter(v) for k, v in weights.items()}, {}, {})
+    _, spec = pytree.tree_flatten(tuple(roots))
+    signature = Signature.of(lambda *args: None, name, tuple(inputs.values()), {}, spec)
+    program = Program(graph, table, signature, tuple(inputs.values()), name=name)
+    op = GraphOps(program, output)
+    made: dict[int, Any] = {}
+
+    def value(pattern: Any) -> Any:
+        if isinstance(pattern, Variable):
+            return bound[pattern.name]
+        if isinstance(pattern, AnyOf):
+            return value(chosen[id(pattern)])
+        if isinstance(pattern, Call):
+            if id(pattern) not in made:
+                args, kwargs = _arguments(pattern)
+                made[id(pattern)] = op.apply(pattern.op, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
+            return made[id(pattern)]
+        return [value(p) for p in pattern] if isinstance(pattern, (list, tuple)) else pattern
+
+    results = [value(root) for root in roots]
+    output.args = (tuple(op.node(r) if isinstance(r, (fx.Node, Derived)) else r for r in results),)
+    return program
+
+
+def _arguments(call: Call) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a symbolic call as a user would write them: trailing defaults left out, keywords by name."""
+    form = form_of(call.op.target)
+    if form is None:
+        return list(call.args), {}
+    schema = call.op.target._schema.arguments  # type: ignore[attr-defined]
+    positional = [a for a, argument in zip(call.args, schema, strict=True) if not argument.kwarg_only]
+    while positional and _plain_default(positional[-1], form.defaults[len(positional) - 1]):
+        positional.pop()
+    named = ((s.name, a, s.default_value) for a, s in zip(call.args, schema, strict=True) if s.kwarg_only)
+    return positional, {name: a for name, a, default in named if not _plain_default(a, default)}
+
+
+def _plain_default(x: Any, default: Any) -> bool:
+    return not isinstance(x, (Variable, Call, AnyOf)) and type(x) is type(default) and x == default
+
+
+# -- near misses ----------------------------------------------------------------------------------------------
+
+
+def near_misses(rule: Rule, sample: Mapping[str, Any]) -> Iterator[Program]:
+    """The first spellings, each with one thing wrong."""
+    for program in _plain_spellings(rule, sample):
+        for node in program.graph.nodes:
+            if node.op != "call_function":
+                continue
+            for position, argument in enumerate(node.args):
+                for wrong in _wrong(argument):
+                    yield from _changed(program, node.name, position, wrong)
+            if node not in program.output.all_input_nodes:
+                yield _with_reader(program, node.name)
+
+
+def _wrong(x: Any) -> list[Any]:
+    if isinstance(x, bool):
+        return [not x]
+    if isinstance(x, int):
+        return [x + 1, x - 1]
+    if isinstance(x, float):
+        return [x * 1.5, -x]
+    if isinstance(x, torch.dtype):
+        return [torch.float16]
+    if isinstance(x, (list, tuple)) and all(isinstance(i, int) for i in x):
+        return [[i - 1 for i in x], [*x, x[0] - 1]] if x else []
+    return []
+
+
+def _changed(program: Program, name: str, position: int, wrong: Any) -> Iterator[Program]:
+    changed = program.copy()
+    nodes = {node.name: node for node in changed.graph.nodes}
+    nodes[name].args = (*nodes[name].args[:position], wrong, *nodes[name].args[position + 1 :])
+    metadata = Metadata(changed.fake_mode)
+    try:
+        for node in changed.graph.nodes:
+            if node.op == "call_function":
+                node.meta["val"] = refresh(node, metadata, {})
+        interpret(changed, changed.example, dtype=torch.float64)
+    except (Refused, RuntimeError, IndexError, ValueError, TypeError):
+        return  # this wrong value is no program at all
+    yield changed
+
+
+def _with_reader(program: Program, name: str) -> Program:
+    copied = program.copy()
+    node = next(n for n in copied.graph.nodes if n.name == name)
+    copied.output.args = ((*copied.output.args[0], node),)  # type: ignore[misc]
+    return copied
