@@ -48,7 +48,7 @@ def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> 
     Args:
         values: the float64 value of every node of ``old``, by name.
     """
-    pairs = _pair_blocks(old, new)
+    pairs = _closed(old, new, _pair_blocks(old, new))
     worst, count, notes = 0.0, 0, list[str]()
     seen: set[object] = set()
     for ours, theirs in pairs:
@@ -119,6 +119,31 @@ def _pair_blocks(old: Program, new: Program) -> list[tuple[Block, Block]]:
     if ours:
         assigned[latest].extend(waiting)
     return [(block, Block(block.path, nodes)) for block, nodes in zip(ours, assigned, strict=True)]
+
+
+def _closed(old: Program, new: Program, pairs: list[tuple[Block, Block]]) -> list[tuple[Block, Block]]:
+    """Join neighbouring blocks until nothing unpaired crosses a border: a shift may have moved into the next block."""
+    closed: list[tuple[Block, Block]] = []
+    pending: tuple[Block, Block] | None = None
+    for ours, theirs in pairs:
+        if pending is not None:
+            ours, theirs = (Block(a.path, a.nodes + b.nodes) for a, b in zip(pending, (ours, theirs), strict=True))
+        pending = ours, theirs
+        if _crosses_paired(ours, theirs) and _leaves_of(old, ours) == _leaves_of(new, theirs):
+            closed.append(pending)
+            pending = None
+    return closed if pending is None else [*closed, pending]
+
+
+def _crosses_paired(ours: Block, theirs: Block) -> bool:
+    """Whether every value that leaves the new block stands for one of the old block."""
+    names, inside = {node.name for node in ours.nodes}, set(theirs.nodes)
+    return all(_origin(node) in names for node in theirs.nodes if any(user not in inside for user in node.users))
+
+
+def _leaves_of(program: Program, block: Block) -> set[str]:
+    """The leaves a block depends on, through whatever edits."""
+    return {leaf for expression in _expressions(program, block) for leaf in leaves(expression)}
 
 
 def _structure(block: Block) -> object:

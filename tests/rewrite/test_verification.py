@@ -170,3 +170,24 @@ def test_samples_vary_sizes_and_keep_kinds() -> None:
 )
 def test_relative_error(value: object, reference: object, expected: float) -> None:
     assert relative_error(value, reference) == expected
+
+
+def test_gradients_follow_a_weight_that_moved_into_the_next_block() -> None:
+    """b of block 0 and the weight of block 1 meet in one new bias; neither block agrees alone."""
+    torch.manual_seed(0)
+    old = capture(nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)).eval(), (torch.randn(3, D),))
+    new = old.copy()
+    first = call(new, aten.linear.default, 0)
+    weights = {str(n.target): n for n in new.graph.find_nodes(op="get_attr")}
+    b, W, c = (new.weights[name].expression for name in ("0.bias", "1.weight", "1.bias"))
+    moved = new.weights.stage(Apply(aten.add.Tensor, (c, Apply(aten.mv.default, (W, b)))), weights["1.bias"].meta["val"], "1.bias")
+    weights["1.bias"].target = moved
+    first.args = (*first.args[:2], None)
+    first.meta["origin"] = "elsewhere"
+    evidence = check_program(old, new, ALGEBRAIC)
+    assert evidence.gradients == 10  # x and four parameters, at two scales
+    weights["1.bias"].target = new.weights.stage(
+        Apply(aten.add.Tensor, (c, Apply(aten.mv.default, (W, Apply(aten.detach.default, (b,)))))), weights["1.bias"].meta["val"], "1.bias"
+    )
+    with pytest.raises(ClaimBroken, match="gradients"):
+        check_program(old, new, ALGEBRAIC)
