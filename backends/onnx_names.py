@@ -48,14 +48,14 @@ def name_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
             continue
         array = value.const_value.numpy()
         array = array if array.dtype == numpy.float64 else array.astype(numpy.float32)
-        label = next((label for label, form in known.get(_sight(array), ()) if numpy.array_equal(form, array)), None)
-        if label is not None:
-            value.name = unique(label, taken)
+        found = [label for label, form in known.get(_sight(array), ()) if numpy.array_equal(form, array)]
+        if found:
+            value.name = unique(found[0], taken)
 
 
 def _sight(array: Any) -> Hashable:
     """What two equal matrices have in common at first sight."""
-    return array.shape, array.dtype, array[0, :8].tobytes()
+    return array.shape, array.dtype, array[:1, :8].tobytes()
 
 
 def fields(spec: Any) -> Iterator[str]:

@@ -78,7 +78,7 @@ def _only_arithmetic(condition: str) -> None:
     for node in ast.walk(tree):
         known = isinstance(node, _SYNTAX)
         if isinstance(node, ast.Name):
-            known = node.id == "leaves" or node.id in size_functions
+            known = node.id in ("leaves", "abs", "max", "min") or node.id in size_functions
         elif isinstance(node, ast.Attribute):
             of_math = isinstance(node.value, ast.Name) and node.value.id == "math" and node.attr[0] != "_"
             known = of_math or node.attr in _METHODS

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import onnxscript.optimizer
 import torch
 from tautomer.rewrite._torch import oblivious_sizes, pytree
 from tautomer.rewrite.errors import ExportError, UsageError
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 from .onnx_names import name_weights, rename
 from .onnx_table import table
-from .to_torch import to_torch
+from .to_torch import reshape_views, to_torch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OPSETS = range(18, 25)
@@ -164,29 +165,38 @@ def _translate(program: Program, module: nn.Module, opset: int, dynamic: bool) -
     auto = torch.export.Dim.AUTO
     sizes = tuple({axis: auto for axis, size in enumerate(x.shape) if dynamic and isinstance(size, torch.SymInt)} for x in free)
     degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
+    rows = table(opset)
     try:
-        with _quiet(), oblivious_sizes() if degenerate else contextlib.nullcontext():
+        with _quiet(), torch.no_grad(), oblivious_sizes() if degenerate else contextlib.nullcontext():
             exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
-            return torch.onnx.export(
-                exported, (), dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table(opset)
+            reshape_views(exported.graph)
+            onnx_program = torch.onnx.export(
+                exported, (), dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=rows
             )
+            assert onnx_program is not None
+            # Constants only: the exporter's own fusions break rotary embeddings of free length.
+            onnxscript.optimizer.optimize(onnx_program.model)
+            return onnx_program
     except Exception as error:
-        missing = sorted(set(re.findall(r"No ONNX function found for.*?op='([\w.]+)'", _chain(error))))
-        reason = f"no translation of {', '.join(missing)}" if missing else _chain(error).strip().splitlines()[-1]
+        missing = sorted(set(re.findall(r"No ONNX function found for.*?op='([\w.]+)'", str(error))))
+        reason = f"no translation of {', '.join(missing)}" if missing else _root(error)
         raise ExportError(f"{program.name} cannot be written as ONNX opset {opset}: {reason}") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, the exporter's warnings and its log of packages that are not installed are not shown."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    before, logger.disabled = logger.disabled, True
+    """Inside, the exporter's warnings and its log of what it did not do are not shown."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _flat(program: Program) -> nn.Module:
@@ -210,10 +220,11 @@ def _tensor_outputs(program: Program) -> list[int]:
     return [i for i, x in enumerate(program.output.args[0]) if isinstance(getattr(x, "meta", {}).get("val"), Tensor)]  # type: ignore[arg-type]
 
 
-def _chain(error: BaseException) -> str:
-    """The messages of an error and its causes."""
-    cause = error.__cause__ or error.__context__
-    return f"{error}\n{_chain(cause)}" if cause is not None else str(error)
+def _root(error: BaseException) -> str:
+    """The first line of what an error began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -- the check ------------------------------------------------------------------------------------------------
@@ -253,7 +264,7 @@ def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
         ExportError: the file does not load, or not with this provider.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads or torch.get_num_threads()
     providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
     try:

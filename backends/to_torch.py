@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
+import torch
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.interpret import written
 from tautomer.rewrite.program import Program
@@ -38,10 +39,18 @@ def to_torch(program: Program) -> Rewritten:
 
     Example: ``fast = to_torch(capture(model, args)); fast(*args)``
     """
-    module = Rewritten(program.copy().graph, program.signature, expected(program), program.mode)
+    graph = program.copy().graph
+    reshape_views(graph)
+    module = Rewritten(graph, program.signature, expected(program), program.mode)
     root = program.mode == "train" or any(program.training.values())
     furnish(module, stored(program), program.regions, {"": root, **program.training})
     return module
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """Spell every view as a reshape, which views where it can: what attention returns depends on the kernel that ran."""
+    for view in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        view.target = torch.ops.aten.reshape.default
 
 
 def furnish(
