@@ -58,7 +58,8 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         raise UsageError(f"there is no mode {mode!r}", hint=f"one of {', '.join(_MODES)}")
     call = call_of(model, args, {} if kwargs is None else kwargs, resolve=mode == "auto")
     try:
-        return _capture(call, dynamic_shapes, mode)
+        with undisturbed(model):
+            return _capture(call, dynamic_shapes, mode)
     except CaptureError as error:
         parts = _exportable(call)
         if not parts:
@@ -101,13 +102,15 @@ class _Plan:
 
 
 def _capture(call: Call, dynamic_shapes: Any, mode: str) -> Program:
+    """The program in a mode; the caller puts the model back."""
     if mode != "both":
-        with undisturbed(call.model):
-            if mode != "auto" and call.model.training != (mode == "train"):
-                call.model.train(mode == "train")
-            program = _best(call, dynamic_shapes, both=False)
-            program.mode = "train" if call.model.training else "eval"
-            return program
+        if mode != "auto" and call.model.training != (mode == "train"):
+            call.model.train(mode == "train")
+            # The output may have another structure in this mode, as with auxiliary heads.
+            call = dataclasses.replace(call, recording=record(call.model, call.args, call.kwargs))
+        program = _best(call, dynamic_shapes, both=False)
+        program.mode = "train" if call.model.training else "eval"
+        return program
     try:
         return _best(call, dynamic_shapes, both=True)
     except Refused as refusal:

@@ -125,10 +125,15 @@ def last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
-    """The operands whose memory a call writes, by its schema; a batch norm in training writes its statistics."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    """The operands whose memory a call writes, by its schema; a batch or instance norm in training writes its statistics.
+
+    A higher-order call writes what its body writes (``meta["region"]`` of the node that reads the body).
+    """
+    if node.op != "call_function":
         return []
-    if node.target is torch.ops.aten.batch_norm.default:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return _written_inside(node)
+    if node.target in (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default):
         statistics = node.args[3:5]
         training = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", False)
         return [x for x in statistics if isinstance(x, fx.Node)] if training is not False else []
@@ -139,6 +144,18 @@ def writes(node: fx.Node) -> list[fx.Node]:
         operand = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
         written.extend([operand] if isinstance(operand, fx.Node) else [x for x in operand or () if isinstance(x, fx.Node)])  # type: ignore[union-attr]
     return written
+
+
+def _written_inside(node: fx.Node) -> list[fx.Node]:
+    bodies = [index for index, x in enumerate(node.args) if isinstance(x, fx.Node) and "region" in x.meta]
+    if not bodies:
+        return []
+    body, operands = node.args[bodies[0]], node.args[bodies[0] + 1 :]
+    assert isinstance(body, fx.Node)
+    region: fx.Graph = body.meta["region"].graph
+    inside = written(region)
+    pairs = zip(region.find_nodes(op="placeholder"), operands, strict=False)
+    return [operand for inner, operand in pairs if inner in inside and isinstance(operand, fx.Node)]
 
 
 def written(graph: fx.Graph) -> set[fx.Node]:

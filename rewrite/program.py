@@ -10,7 +10,7 @@ an edited weight is a new tensor; a buffer that the graph writes is copied when 
 
 from __future__ import annotations
 
-import copy
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -140,6 +140,7 @@ def path_of(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
+_TORCH = os.path.dirname(torch.__file__)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
@@ -148,7 +149,9 @@ def source_of(node: fx.Node) -> str | None:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return None
-    file, line_number, _, code = frames[-1]
+    # A line of torch.nn is not the user's, unless there is no other.
+    theirs = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    file, line_number, _, code = (theirs or frames)[-1]
     return f"{file}:{line_number}: {code.strip()}"
 
 

@@ -6,7 +6,7 @@ import torch
 from tautomer.rewrite.build import arguments
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
-from tautomer.rewrite.program import path_of
+from tautomer.rewrite.program import path_of, source_of
 from torch import nn
 
 aten = torch.ops.aten
@@ -28,6 +28,7 @@ def test_names_paths_and_sources():
     (linear,) = program.graph.find_nodes(op="call_function", target=aten.linear.default)
     assert path_of(linear) == "block.0" and linear.args[1].target == "block.0.weight"
     assert [path_of(n) for n in program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)] == ["block.1", ""]
+    assert str(source_of(linear)).endswith("normalized_shape=[4], weight=None, eps=1e-5) + other")
     assert all("val" in node.meta for node in program.graph.nodes if node.op != "output")
 
 
@@ -56,6 +57,22 @@ def test_an_autocast_region_stays_one_node():
     x = torch.randn(3, 4)
     with torch.no_grad():
         assert torch.equal(interpret(program, [x])[0], model(x))
+
+
+def test_what_an_autocast_region_writes_is_a_copy():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.norm(x)
+
+    model = Casts()
+    program = capture(model, (torch.randn(4, 4),), mode="train")
+    interpret(program, [torch.randn(5, 4)])
+    assert len(program.regions) == 1 and torch.equal(model.norm.running_mean, torch.zeros(4))
 
 
 def test_gradients_switched_twice():

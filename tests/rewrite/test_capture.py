@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -40,7 +41,7 @@ def answers(program, *args, **kwargs):
 def state(model):
     """Everything about a model that a capture could disturb."""
     return {
-        "tensors": {name: (tensor.clone(), tensor.requires_grad, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()},
+        "tensors": {name: (t.clone(), t.requires_grad, id(t)) for name, t in model.state_dict(keep_vars=True).items()},
         "modes": [module.training for module in model.modules()],
         "attributes": [{k: id(v) for k, v in vars(module).items()} for module in model.modules()],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
@@ -131,7 +132,7 @@ def test_keywords_defaults_constants_and_variadic_arguments():
     x, mask = torch.randn(2, 5, 8), torch.ones(2, 5, 8)
     program = capture(model, (x,), {"mask": mask, "scale": 2.0})
     assert torch.equal(answers(program, scale=2.0, mask=mask, x=x), model(x, 2.0, mask=mask))
-    with pytest.raises(UsageError, match="'scale' was 2.0"):
+    with pytest.raises(UsageError, match=r"'scale' was 2\.0"):
         answers(program, x, 3.0, mask=mask)
 
     class Variadic(nn.Module):
@@ -177,7 +178,8 @@ def test_weights_are_the_users_own_and_ties_stay():
     assert weights.leaves["embed.weight"] is model.embed.weight
     assert set(weights.aliases("embed.weight")) == {"embed.weight", "head.weight"}
     assert not weights["scale"].persistent and weights["unused"].kind == "parameter"
-    assert [w.kind for w in weights.entries.values() if w.name not in dict(model.named_parameters(remove_duplicate=False))] == ["buffer", "constant"]
+    kinds = [weight.kind for weight in weights.entries.values()]
+    assert kinds == ["parameter", "parameter", "parameter", "buffer", "constant"]
 
 
 def test_ambient_autocast_and_inference_mode_stay_out():
@@ -253,18 +255,12 @@ def test_the_model_is_what_it_was(failure, mode):
     before = state(model)
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     given = x.clone()
-    with pytest.raises((CaptureError, UsageError)) if failure else _nothing():
+    with pytest.raises((CaptureError, UsageError)) if failure else contextlib.nullcontext():
         program = capture(model, (x,), mode=mode)
         assert any("self.last" in note for note in program.notes) and any("self.history" in note for note in program.notes)
     assert_same_state(before, state(model))
     assert torch.equal(x, given) and model.history == [] and model.table == {"n": 0} and not hasattr(model, "last")
     handle.remove()
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_running_a_program_moves_no_statistics():
@@ -397,21 +393,29 @@ FAMILIES = {
     "opt": ("OPTForCausalLM", "OPTConfig", {**TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32}, lambda: {"input_ids": tokens()}),
     "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**TEXT, "intermediate_size": 64}, lambda: {"input_ids": tokens()}),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", {**SMALL, "rotary_dim": 4}, lambda: {"input_ids": tokens()}),
-    "bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, lambda: {"input_ids": tokens()}),
+    "bloom": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+              lambda: {"input_ids": tokens()}),
     "falcon": ("FalconForCausalLM", "FalconConfig", TEXT, lambda: {"input_ids": tokens()}),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {**TEXT, "num_key_value_heads": 2, "intermediate_size": 64,
                    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, lambda: {"input_ids": tokens()}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, "num_key_value_heads": 2, "intermediate_size": 64}, lambda: {"input_ids": tokens()}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, "num_key_value_heads": 2, "intermediate_size": 64},
+              lambda: {"input_ids": tokens()}),
     "bert": ("BertModel", "BertConfig", {**TEXT, "intermediate_size": 64},
              lambda: {"input_ids": tokens(), "attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}),
-    "distilbert": ("DistilBertModel", "DistilBertConfig", {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, lambda: {"input_ids": tokens()}),
-    "t5": ("T5ForConditionalGeneration", "T5Config", {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "distilbert": ("DistilBertModel", "DistilBertConfig", {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4,
+                   "hidden_dim": 64},
+                   lambda: {"input_ids": tokens()}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+           "num_heads": 4, "decoder_start_token_id": 0},
            lambda: {"input_ids": tokens(), "decoder_input_ids": tokens(2, 5)}),
-    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, lambda: {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": tokens()}),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER,
+                lambda: {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": tokens()}),
     "vit": ("ViTModel", "ViTConfig", {**IMAGE, "intermediate_size": 64}, lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}),
     "dinov2": ("Dinov2Model", "Dinov2Config", {**IMAGE, "mlp_ratio": 2}, lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}),
-    "clip": ("CLIPVisionModel", "CLIPVisionConfig", {**IMAGE, "intermediate_size": 64}, lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}),
-    "swin": ("SwinModel", "SwinConfig", {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "clip": ("CLIPVisionModel", "CLIPVisionConfig", {**IMAGE, "intermediate_size": 64},
+             lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}),
+    "swin": ("SwinModel", "SwinConfig", {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1],
+             "num_heads": [2, 2], "window_size": 4},
              lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}),
 }  # fmt: skip
 

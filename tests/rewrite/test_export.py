@@ -12,7 +12,8 @@ AUTO = torch.export.Dim.AUTO
 
 
 def test_automatic_sizes():
-    leaves = [torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7), torch.ones(2, 3, 9, 9), 5, torch.ones(()), torch.ones(2, 1, 7, 7)]
+    ids, mask = torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7)
+    leaves = [ids, mask, torch.ones(2, 3, 9, 9), 5, torch.ones(()), torch.ones(2, 1, 7, 7)]
     sizes = automatic_sizes(leaves, 7, [False] * 6)
     assert [None if size is None else sorted(size) for size in sizes] == [[0, 1], [0, 1], [0], None, None, [0, 2, 3]]
     assert automatic_sizes([torch.ones(2, 4, 9, 8)], None, [True]) == [{0: AUTO, 2: AUTO}]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
 from torch import nn
-from torch.nn import functional as F
 
 aten = torch.ops.aten
 
@@ -25,16 +26,15 @@ class Net(nn.Module):
 
 class Attend(nn.Module):
     def forward(self, x):
-        y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.25 if self.training else 0.0)
-        return F.dropout(y, 0.5, self.training)
+        y = nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.25 if self.training else 0.0)
+        return nn.functional.dropout(y, 0.5, self.training)
 
 
 def both(program, x, model):
     flags = {path: model.get_submodule(path).training for path in program.training}
     program.training = flags
     torch.manual_seed(7)
-    mine = interpret(program, [x])[0]
-    return mine
+    return interpret(program, [x])[0]
 
 
 @pytest.mark.parametrize("start", [True, False])
@@ -81,14 +81,14 @@ def test_the_statistics_move_as_in_the_model():
         model.train(training)
         program.training = dict.fromkeys(program.training, training)
         seen.clear()
-        interpret(program, [x], weight=lambda name: buffers[name] if name in buffers else model.get_parameter(name), observe=observe)
+        interpret(program, [x], weight=lambda name: {**dict(model.named_parameters()), **buffers}[name], observe=observe)
         assert all(torch.equal(value, buffers[name]) for name, value in seen.items()) != training
 
 
 def test_reversed_flag():
     class Inverse(nn.Module):
         def forward(self, x):
-            return F.dropout(x, 0.5, not self.training)
+            return nn.functional.dropout(x, 0.5, not self.training)
 
     model = Inverse()
     program = capture(model, (torch.ones(4, 4),), mode="both")
@@ -115,9 +115,17 @@ def test_a_single_mode_that_the_model_is_not_in():
 
 
 def _run_on_a_copy(model, x):
-    import copy
-
     state = torch.get_rng_state()
     twin = copy.deepcopy(model)
     torch.set_rng_state(state)
     return twin(x)
+
+
+def test_an_output_of_another_structure_in_the_other_mode():
+    class Auxiliary(nn.Module):
+        def forward(self, x):
+            return (x, x * 2) if self.training else x
+
+    program = capture(Auxiliary().eval(), (torch.ones(2, 3),), mode="train")
+    first, second = program.signature.unflatten(interpret(program, [torch.ones(2, 3)]))
+    assert torch.equal(second, 2 * first)

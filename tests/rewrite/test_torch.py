@@ -27,7 +27,7 @@ def exported():
 
 def test_unlifted_module(exported):
     module = _torch.unlifted_module(exported)
-    assert [n.target for n in module.graph.nodes if n.op == "get_attr"][0] == "weight"
+    assert next(n.target for n in module.graph.nodes if n.op == "get_attr") == "weight"
     assert not any(n.op == "call_module" for n in module.graph.nodes)
 
 
@@ -64,7 +64,7 @@ def test_fake_mode_of_and_shape_env(exported):
 def test_no_new_guards(exported):
     mode = _torch.fake_mode_of(exported.graph)
     size = next(n for n in exported.graph.nodes if n.name == "x").meta["val"].shape[0]
-    with _torch.no_new_guards(mode), pytest.raises(Exception, match="[Gg]uard"):
+    with _torch.no_new_guards(mode), pytest.raises(Exception, match=r"[Gg]uard"):
         bool(size == 4)
     with _torch.no_new_guards(None):
         pass
