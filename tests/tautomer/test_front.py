@@ -1,0 +1,334 @@
+"""The front door does what it says, on one call, and bad input gets one clear error."""
+
+from __future__ import annotations
+
+import doctest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tautomer
+import torch
+from tautomer import _front
+from tautomer.passes.norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from tautomer.rewrite.claims import BITWISE, Claim
+from tautomer.rewrite.errors import CaptureError, ClaimBroken, TautomerError, UsageError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+D = 16
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 24), nn.Linear(24, D)
+        nn.init.normal_(self.norm.weight, 1.0, 0.3)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.blocks = nn.Linear(6, D), nn.Sequential(Block(), Block())
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"logits": self.head(self.norm(self.blocks(self.inside(x)))) * scale}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Model().eval()
+
+
+X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_doctests() -> None:
+    globs = {"nn": nn, "torch": torch, **{name: getattr(tautomer, name) for name in tautomer.__all__}}
+    found = doctest.testmod(_front, extraglobs=globs, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
+    assert found.attempted > 8 and found.failed == 0
+
+
+def test_one_call(model: nn.Module) -> None:
+    before = snapshot(model)
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    assert fast.report.fired("layer-norm-to-rms-norm") == 3
+    assert fast.report.evidence is not None and fast.report.evidence.forward <= 1e-12
+    assert unchanged(model, before)
+    for batch in (1, 3, 8):
+        x = torch.randn(batch, 4, 6)
+        torch.testing.assert_close(fast(x)["logits"], model(x)["logits"], rtol=1e-5, atol=1e-5)
+    assert fast.norm.weight is model.norm.weight  # untouched: shared
+    assert fast.inside.weight is not model.inside.weight  # edited: new
+
+
+def test_a_second_run_changes_nothing(model: nn.Module) -> None:
+    once = tautomer.optimize(model, (X,), target="onnxruntime")
+    twice = tautomer.optimize(once, (X,), target="onnxruntime")
+    assert not twice.report.applications
+    assert [n.target for n in once.graph.nodes if n.op == "call_function"] == [
+        n.target for n in twice.graph.nodes if n.op == "call_function"
+    ]
+
+
+def test_the_rewritten_module_trains(model: nn.Module) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    before = snapshot(model)
+    optimizer = torch.optim.SGD(fast.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = fast(X)["logits"].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    edited = {name for name in fast.weights if fast.weights[name].edited}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in edited & before.keys())
+
+
+def test_the_weight_map_carries_a_state_dict_over(model: nn.Module) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    other = Model().eval()
+    mapped = fast.weights.from_original(other.state_dict())
+    fast.load_state_dict(mapped)
+    torch.testing.assert_close(fast(X)["logits"], other(X)["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_eager_on_a_cpu_keeps_its_layer_norms_and_says_both_numbers() -> None:
+    model = nn.Sequential(nn.Linear(768, 768), nn.LayerNorm(768), nn.Linear(768, 8)).eval()
+    fast = tautomer.optimize(model, (torch.randn(4, 64, 768),))
+    assert fast.report.fired("layer-norm-to-rms-norm") == 0
+    (refusal,) = [r for r in fast.report.refusals if r.rewrite == "layer-norm-to-rms-norm"]
+    gain = fast.report.gains["layer-norm-to-rms-norm"]
+    assert "does not pay on eager" in refusal.reason
+    assert f"{gain.before_us:.0f} µs" in refusal.reason and f"{gain.after_us:.0f} µs" in refusal.reason
+
+
+def test_naming_a_pass_turns_the_profit_question_off(model: nn.Module) -> None:
+    fast = tautomer.optimize(model, (X,), passes=["layer-norm-to-rms-norm"])
+    assert fast.report.fired("layer-norm-to-rms-norm") == 3
+    assert fast.report.timing is not None and fast.report.timing.before_ms > 0
+
+
+def test_only_skip_and_fuel(model: nn.Module) -> None:
+    count = lambda **options: tautomer.optimize(  # noqa: E731
+        model, (X,), passes=[LayerNormToRmsNorm()], **options
+    ).report.fired("layer-norm-to-rms-norm")
+    assert count(only=["blocks.0"]) == 1
+    assert count(skip=["blocks"]) == 1
+    assert count(skip=["layer-norm-to-rms-norm"]) == 0
+    assert count(fuel=2) == 2
+
+
+def test_report_is_text_and_data(model: nn.Module) -> None:
+    report = tautomer.optimize(model, (X,), target="onnxruntime").report
+    text = str(report)
+    assert "layer-norm-to-rms-norm  3" in text and "float64 error" in text
+    data = report.as_dict()
+    assert len(data["log"]["applications"]) == len(report.applications)
+
+
+class Wrong(LayerNormToRmsNorm):
+    """Centres, but copies ten times the eps."""
+
+    def run(self, program: Any, context: Any) -> None:
+        super().run(program, context)
+        for norm in program.graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
+            norm.args = (*norm.args[:3], 10 * norm.args[3])
+
+
+def test_a_broken_claim_is_rolled_back_and_reported(model: nn.Module) -> None:
+    fast = tautomer.optimize(model, (X,), passes=[Wrong(), "fold-norm-shift"])
+    assert fast.report.fired("wrong") == 0
+    (refusal,) = [r for r in fast.report.refusals if r.rewrite == "wrong"]
+    assert "rolled back" in refusal.reason and "float64" in refusal.reason
+    assert torch.equal(fast(X)["logits"], model(X)["logits"])
+
+
+def test_nothing_unchecked_is_handed_back_without_saying_so(model: nn.Module) -> None:
+    fast = tautomer.optimize(model, (X,), passes=[Wrong()], check=False)
+    assert fast.report.evidence is None and "NOT CHECKED" in str(fast.report)
+
+
+# -- verify ----------------------------------------------------------------------------------------------------
+
+
+def test_verify_accepts_any_two_modules_that_agree(model: nn.Module) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    evidence = tautomer.verify(model, fast, (X,), gradients=True)
+    assert evidence.rewritten is not None and evidence.gradients > 10
+    assert tautomer.verify(model, model, (X,), claim=BITWISE).forward < 1e-6
+    wide = Model().double().eval()
+    tautomer.verify(wide, tautomer.optimize(wide, (X.double(),), target="onnxruntime"), (X.double(),))
+
+
+class Slightly(nn.Module):
+    def __init__(self, inner: nn.Module, by: float) -> None:
+        super().__init__()
+        self.inner, self.by = inner, by
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(x)["logits"] * (1 + self.by)}
+
+
+def test_verify_rejects_what_is_less_accurate(model: nn.Module) -> None:
+    with pytest.raises(AssertionError, match="off by"):
+        tautomer.verify(model, Slightly(model, 1e-4), (X,))
+    with pytest.raises(ClaimBroken, match="bit for bit"):
+        tautomer.verify(model, Slightly(model, 1e-7), (X,), claim=BITWISE)
+
+
+def test_verify_an_inexact_claim_only_measures(model: nn.Module) -> None:
+    loose = Claim("approximate", "measured", "none")
+    assert tautomer.verify(model, Slightly(model, 0.1), (X,), claim=loose).forward == pytest.approx(0.1, rel=0.01)
+
+
+class Detached(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(x.detach())["logits"]}
+
+
+def test_verify_compares_gradients_when_asked(model: nn.Module) -> None:
+    tautomer.verify(model, Detached(model), (X,))
+    with pytest.raises(ClaimBroken, match="gradients"):
+        tautomer.verify(model, Detached(model), (X,), gradients=True)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # data-dependent
+            return self.linear(x)
+        return x
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def poisoned() -> nn.Module:
+    model = Model().eval()
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    return model
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[TautomerError], str]] = {
+    "no module": (lambda: tautomer.optimize(lambda x: x, (X,)), UsageError, "nn.Module"),
+    "a class": (lambda: tautomer.optimize(Model, (X,)), UsageError, "class"),
+    "no inputs": (lambda: tautomer.optimize(Model().eval()), UsageError, "'x'"),
+    "too many inputs": (lambda: tautomer.optimize(Model().eval(), (X, 1.0, 2.0)), UsageError, "argument"),
+    "unknown keyword": (lambda: tautomer.optimize(Model().eval(), (X,), {"y": X}), UsageError, "'y'"),
+    "wrong shape": (lambda: tautomer.optimize(Model().eval(), (torch.randn(3, 5),)), TautomerError, "shape|size"),
+    "another device": (lambda: tautomer.optimize(Model().eval(), (X.to("meta"),)), UsageError, "meta"),
+    "unknown recipe": (lambda: tautomer.optimize(Model().eval(), (X,), recipe="inferense"), UsageError, "inference"),
+    "unknown pass": (lambda: tautomer.optimize(Model().eval(), (X,), passes=["fold-norm-shif"]), UsageError, "fold-norm-shift"),
+    "passes as a string": (lambda: tautomer.optimize(Model().eval(), (X,), passes="fold-norm-shift"), UsageError, "list"),
+    "unknown target": (lambda: tautomer.optimize(Model().eval(), (X,), target="onnxrutime"), UsageError, "onnxruntime"),
+    "control flow": (lambda: tautomer.optimize(Branching().eval(), (X,)), CaptureError, "if x.sum"),
+    "batch norm in training": (lambda: tautomer.optimize(Normed().train(), (X,)), UsageError, r"eval\(\)"),
+    "NaN weights": (lambda: tautomer.optimize(poisoned(), (X,)), UsageError, "head.weight"),
+    "no such file": (lambda: tautomer.capture("nowhere.pt2"), UsageError, "nowhere.pt2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_clear_error(name: str) -> None:
+    act, kind, words = BAD[name]
+    with pytest.raises(kind, match=words) as caught:
+        act()
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all/model.onnx", ""])
+def test_an_unwritable_path(path: str, model: nn.Module) -> None:
+    with pytest.raises(UsageError):
+        tautomer.export_onnx(model, path, (X,))
+
+
+def test_the_model_is_untouched_after_a_failure() -> None:
+    model = Normed().train()
+    before = snapshot(model)
+    with pytest.raises(UsageError):
+        tautomer.optimize(model, (X,))
+    assert unchanged(model, before) and model.training
+
+
+# -- the rest --------------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_reason() -> None:
+    class Leaky(Model):
+        def forward(self, x: Tensor) -> Any:
+            h = self.blocks(self.inside(x))
+            return self.head(self.norm(h)), h
+
+    explanation = tautomer.explain(Leaky().eval(), "layer-norm-to-rms-norm", (X,), at="norm")
+    assert not explanation.fired
+    ((where, reason),) = explanation.refused
+    assert "norm" in where and "output of the model" in reason and reason in str(explanation)
+
+
+def test_catalogue_lists_what_there_is() -> None:
+    found = tautomer.catalogue()
+    names = [row["name"] for row in found.passes]
+    assert len(set(names)) == len(names)
+    assert set(found.recipes["inference"]) <= set(names)
+    assert all(row["summary"] and row["claim"] for row in found.passes)
+
+
+def test_a_saved_model_comes_back(model: nn.Module, tmp_path: Path) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    tautomer.save(fast, tmp_path / "saved")
+    again = tautomer.load(tmp_path / "saved")
+    assert torch.equal(again(X)["logits"], fast(X)["logits"])
+
+
+def test_a_pt2_file_is_a_model(model: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(model, (X,)), file)
+    program = tautomer.capture(file)
+    assert program.count(torch.ops.aten.layer_norm.default) == 3
+    fast = tautomer.optimize(torch.export.load(file), target="onnxruntime")
+    torch.testing.assert_close(fast(X)["logits"], model(X)["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_export_after_training_writes_the_trained_weights(model: nn.Module, tmp_path: Path) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    with torch.no_grad():
+        fast.head.bias.add_(1.0)
+    report = tautomer.export_onnx(fast, tmp_path / "m.onnx")
+    assert report.error < 1e-5
+    ort = pytest.importorskip("onnxruntime")
+    (logits,) = ort.InferenceSession(tmp_path / "m.onnx").run(None, {"x": X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), fast(X)["logits"].detach(), rtol=1e-4, atol=1e-4)
