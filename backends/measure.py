@@ -15,14 +15,25 @@ from torch import Tensor
 Run = Callable[[Sequence[Any]], Any]
 
 
-def measure(a: Run, b: Run, inputs: Sequence[Any], rounds: int = 20) -> tuple[float, float]:
+Statistic = Callable[[Sequence[float]], float]
+
+
+def measure(
+    a: Run, b: Run, inputs: Sequence[Any], rounds: int | None = None, statistic: Statistic = statistics.median
+) -> tuple[float, float]:
     """The median time of one call of ``a(inputs)`` and of ``b(inputs)``, in µs, after one call of each to warm up.
+
+    Args:
+        rounds: how many calls of each; by default as many as fit into a second, five to fifty.
+        statistic: ``min`` is for decisions about single ops, which a busy machine must not sway.
 
     Example:
         >>> a, b = measure(lambda xs: sum(xs), lambda xs: sorted(xs), range(1000), rounds=5)
         >>> a > 0 and b > 0
         True
     """
+    if rounds is None:
+        rounds = rounds_within(1000.0, a, b, inputs, least=5, most=50)
     wait = torch.cuda.synchronize if any(isinstance(x, Tensor) and x.is_cuda for x in inputs) else _nothing
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad(), _quiet_collector():
@@ -35,7 +46,7 @@ def measure(a: Run, b: Run, inputs: Sequence[Any], rounds: int = 20) -> tuple[fl
                 run(inputs)
                 wait()
                 found.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return statistic(times[0]), statistic(times[1])
 
 
 def rounds_within(milliseconds: float, a: Run, b: Run, inputs: Sequence[Any], *, least: int = 3, most: int = 200) -> int:

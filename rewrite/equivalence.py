@@ -84,7 +84,7 @@ def _compare(
         was, now = max(was, error_before), max(now, error_after)
         floating = isinstance(a, Tensor) and a.is_floating_point()
         limit = allowed(error_before, a.dtype) if floating else 0.0
-        if claim.forward == "bitwise" and not (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)) and a != b:
+        if claim.forward == "bitwise" and not _identical(a, b):
             raise ClaimBroken(f"output {index} is not bit for bit the same at {sample.sizes}; the claim is '{claim.name}'")
         if claim.exact and not error_after <= limit:
             raise ClaimBroken(
@@ -92,6 +92,12 @@ def _compare(
                 f"{reference.name} itself is off by {error_before:.1e} there (relative to its float64 oracle)"
             )
     return was, now
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
 
 
 def _compare_gradients(reference: Program, candidate: Program, sample: Sample, claim: Claim) -> tuple[float, int]:
