@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections import namedtuple
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def class_name(cls: type) -> str:
 
 
 def find_class(name: str) -> type:
-    """The class of a name; a plain dataclass is made known to pytree."""
+    """The class of a name; a plain dataclass is made known to pytree. (What pytree calls the class of a named tuple is
+    the function ``namedtuple``; the class itself is the context.)"""
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -78,11 +80,13 @@ def find_class(name: str) -> type:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"the saved module takes or returns {name}, which cannot be imported here: {error}",
                          hint=f"install the package that has {module}, or add its folder to PYTHONPATH") from error
+    if found is namedtuple:
+        return namedtuple  # type: ignore[return-value]
     if not isinstance(found, type):
         raise UsageError(f"the saved module takes or returns {name}, which is no class here")
     if found not in pytree.SUPPORTED_NODES and not pytree.is_namedtuple_class(found):
         if not dataclasses.is_dataclass(found):
-            raise UsageError(f"the saved module takes or returns {name}, which is not registered with torch.utils._pytree here",
+            raise UsageError(f"the saved module takes or returns {name}, which is no registered pytree here",
                              hint="register it before loading, as when the model was captured")
         torch.export.register_dataclass(found)
     cls: type = found

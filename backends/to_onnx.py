@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .onnx_names import name_weights, rename
 from .onnx_table import table
-from .to_torch import reshape_views, to_torch
+from .to_torch import to_torch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OPSETS = range(18, 25)
@@ -169,7 +169,6 @@ def _translate(program: Program, module: nn.Module, opset: int, dynamic: bool) -
     try:
         with _quiet(), torch.no_grad(), oblivious_sizes() if degenerate else contextlib.nullcontext():
             exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
-            reshape_views(exported.graph)
             onnx_program = torch.onnx.export(
                 exported, (), dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=rows
             )

@@ -41,6 +41,8 @@ def to_torch(program: Program) -> Rewritten:
     """
     graph = program.copy().graph
     reshape_views(graph)
+    for unread in [node for node in graph.find_nodes(op="get_attr") if not node.users]:
+        graph.erase_node(unread)
     module = Rewritten(graph, program.signature, expected(program), program.mode)
     root = program.mode == "train" or any(program.training.values())
     furnish(module, stored(program), program.regions, {"": root, **program.training})

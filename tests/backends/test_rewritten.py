@@ -1,0 +1,186 @@
+"""An emitted module is called, copied, pickled, compiled and exported like the user's."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import traceback
+
+import pytest
+import torch
+from tautomer.backends.rewritten import Rewritten
+from tautomer.backends.to_torch import to_torch
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.errors import UsageError
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, mask=None, *, scale=1.0):
+        x = self.drop(self.second(torch.relu(self.first(x))))
+        return BaseModelOutput(last_hidden_state=x * scale if mask is None else (x * mask) * scale)
+
+
+X, MASK = torch.randn(2, 3, 4), torch.ones(2, 3, 1)
+
+
+def emitted(mode: str = "eval") -> tuple[Rewritten, Model]:
+    model = Model().eval()
+    return to_torch(capture(model, (X,), {"mask": MASK}, mode=mode)), model
+
+
+def test_every_call_that_means_the_same_is_taken():
+    module, model = emitted()
+    wanted = model(X, MASK).last_hidden_state
+    calls = [((X, MASK), {}), ((X,), {"mask": MASK}), ((), {"mask": MASK, "x": X}), ((X,), {"mask": MASK, "scale": 1.0})]
+    for args, kwargs in calls:
+        output = module(*args, **kwargs)
+        assert type(output) is BaseModelOutput and torch.equal(output.last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "sentence"),
+    [
+        ((), {"mask": MASK}, "needs the argument 'x'"),
+        ((X,), {}, "mask"),
+        ((X,), {"mask": MASK, "scale": 2.0}, "scale"),
+        ((X,), {"mask": MASK, "depth": 1}, "depth"),
+        ((X[0],), {"mask": MASK}, "shape|sizes"),
+        ((X[..., :3],), {"mask": MASK}, "x"),
+        ((X,), {"mask": MASK.bool()}, "'mask' holds torch.bool"),
+        (("x",), {"mask": MASK}, "tensor"),
+    ],
+)
+def test_any_other_call_is_one_sentence(args, kwargs, sentence):
+    module, _ = emitted()
+    with pytest.raises(UsageError, match=sentence):
+        module(*args, **kwargs)
+
+
+def test_conditions_of_the_capture_are_held():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.shape[0] < 6 else x - 1
+
+    module = to_torch(capture(Branching(), (torch.zeros(3, 2),)))
+    assert torch.equal(module(torch.zeros(5, 2)), torch.ones(5, 2))
+    with pytest.raises(UsageError, match="Branching was captured for inputs with"):
+        module(torch.zeros(7, 2))
+
+
+def test_the_signature_is_the_users():
+    module, model = emitted()
+    assert list(inspect.signature(module.forward).parameters) == list(inspect.signature(model.forward).parameters)
+    assert inspect.signature(module.forward).parameters["scale"].default == 1.0
+
+
+def test_a_copy_is_independent_and_keeps_ties_and_history():
+    module, _ = emitted()
+    module.report = object()
+    twin = copy.deepcopy(module)
+    assert twin.first.weight is twin.second.weight and twin.first.weight is not module.first.weight
+    assert twin.graph is not module.graph and str(twin.graph) == str(module.graph) and twin.report is module.report
+    before = module(X, MASK).last_hidden_state
+    assert torch.equal(twin(X, MASK).last_hidden_state, before)
+    with torch.no_grad():
+        twin.first.weight.zero_()
+    assert torch.equal(module(X, MASK).last_hidden_state, before)
+    assert not torch.equal(twin(X, MASK).last_hidden_state, before)
+
+
+def test_a_copy_inside_a_copied_model_is_tied_to_it():
+    module, _ = emitted()
+    pair = copy.deepcopy(nn.ModuleDict({"a": module, "b": nn.ModuleList([module.first])}))
+    assert pair["a"].first.weight is pair["b"][0].weight
+
+
+def through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_torch(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("through", [through_pickle, through_torch])
+def test_it_comes_back_from_a_pickle(through):
+    module, _ = emitted("both")
+    module.report = lambda: "cannot be pickled, and is left behind"
+    back = through(module)
+    assert back.first.weight is back.second.weight and not hasattr(back, "report")
+    for training in (True, False):
+        torch.manual_seed(3)
+        wanted = module.train(training)(X, MASK).last_hidden_state
+        torch.manual_seed(3)
+        assert torch.equal(back.train(training)(X, mask=MASK).last_hidden_state, wanted)
+
+
+def test_a_region_comes_back_from_a_pickle():
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.linear(x)
+            return y + 1
+
+    module = to_torch(capture(Casting(), (X,)))
+    for back in (through_pickle(module), copy.deepcopy(module)):
+        assert torch.equal(back(X), module(X)) and back.linear.weight is not module.linear.weight
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
+@pytest.mark.parametrize("mode", ["eval", "both"])
+def test_it_compiles_whole(mode):
+    module, _ = emitted(mode)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in (2, 5):
+        x, mask = torch.randn(size, 3, 4), torch.ones(size, 3, 1)
+        output = compiled(x, mask=mask)
+        assert type(output) is BaseModelOutput
+        torch.testing.assert_close(output.last_hidden_state, module(x, mask).last_hidden_state)
+    compiled(X, mask=MASK).last_hidden_state.sum().backward()
+    assert module.first.weight.grad is not None
+
+
+def test_it_exports_again_with_sizes_by_name():
+    module, _ = emitted()
+    free = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(module, (X,), {"mask": MASK}, dynamic_shapes={"x": free, "mask": free})
+    x, mask = torch.randn(5, 3, 4), torch.ones(5, 3, 1)
+    output = exported.module()(x, mask=mask)
+    assert type(output) is BaseModelOutput and torch.equal(output.last_hidden_state, module(x, mask).last_hidden_state)
+
+
+def test_a_traceback_shows_the_line_of_the_graph():
+    module, _ = emitted()
+    module.first.weight.data = torch.zeros(4, 9)
+    with pytest.raises(RuntimeError) as caught:
+        module(X, MASK)
+    assert "linear" in "".join(traceback.format_tb(caught.value.__traceback__)) and "<tautomer Model run" in str(caught.getrepr())
+
+
+def test_two_modules_do_not_share_code():
+    first, _ = emitted()
+
+    class Negative(nn.Module):
+        def forward(self, x):
+            return -x
+
+    second = to_torch(capture(Negative(), (X,)))
+    assert torch.equal(second(X), -X) and first.code != second.code and type(first) is not type(second)
