@@ -280,7 +280,7 @@ def explain(
         >>> program = capture(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval(), (torch.randn(2, 8),))
         >>> print(explain(program, "layer-norm-to-rms-norm"))
         layer-norm-to-rms-norm: fired 1, declined 0
-          fired at 1/layer_norm
+          fired at 1/layer_norm...
     """
     rewrite = _pass(rule)
     program = capture(model, args, kwargs)
