@@ -28,6 +28,7 @@ def interpret(
     dtype: torch.dtype | None = None,
     weight: Callable[[str], Tensor] | None = None,
     observe: Observer | None = None,
+    noise: bool = True,
 ) -> tuple[Any, ...]:
     """The flat outputs of ``program`` on flat ``inputs``.
 
@@ -35,18 +36,22 @@ def interpret(
         dtype: promote the whole computation to this dtype; None runs it as captured.
         weight: gives the tensor of a weight by name; by default the table's value (in ``dtype``).
         observe: is called with every node and its value, in order.
+        noise: False turns dropout off: two programs that draw differently can then be compared.
 
     Buffers and inputs that the graph writes are copies: neither the user's model nor ``inputs`` change.
     """
-    run = Interpretation(program, dtype, weight)
+    run = Interpretation(program, dtype, weight, noise)
     return run.all(inputs, observe)
 
 
 class Interpretation:
     """One run of a graph, step by step."""
 
-    def __init__(self, program: Program, dtype: torch.dtype | None, weight: Callable[[str], Tensor] | None) -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype | None, weight: Callable[[str], Tensor] | None = None, noise: bool = True
+    ) -> None:
         self.program = program
+        self.noise = noise
         self.dtype = dtype
         self.weight = weight or (lambda name: program.weights.value(name, dtype))
         self.written = written(program.graph)
@@ -81,6 +86,8 @@ class Interpretation:
         args = fx.node.map_aggregate(fx.node.map_arg(node.args, self.values.__getitem__), self.promote)
         kwargs = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, self.values.__getitem__), self.promote)
         assert callable(node.target)
+        if not self.noise:
+            args, kwargs = _without_noise(node.target, args, kwargs)
         return node.target(*args, **kwargs)  # type: ignore[misc]
 
     def attribute(self, node: fx.Node) -> Any:
@@ -99,6 +106,18 @@ class Interpretation:
         if isinstance(x, Tensor):
             return x.to(self.dtype) if x.is_floating_point() else x
         return self.dtype if isinstance(x, torch.dtype) and x in _FLOATS else x
+
+
+_DROPOUTS = {torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default, torch.ops.aten.alpha_dropout.default}
+
+
+def _without_noise(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    if target in _DROPOUTS:
+        return (args[0], args[1], False), {}
+    if target is torch.ops.aten.scaled_dot_product_attention.default:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        return (), {**dict(zip(names, args, strict=False)), **kwargs, "dropout_p": 0.0}
+    return args, kwargs
 
 
 def promoted_region(region: fx.GraphModule, dtype: torch.dtype) -> Callable[..., Any]:
