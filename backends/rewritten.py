@@ -19,8 +19,10 @@ from typing import Any, ClassVar, Self
 
 from tautomer.rewrite._torch import size_functions
 from tautomer.rewrite.errors import UsageError
-from tautomer.rewrite.program import Mode
+from tautomer.rewrite.program import Mode, Program
+from tautomer.rewrite.report import Report
 from tautomer.rewrite.signature import Signature
+from tautomer.rewrite.weights import Weights
 from torch import fx, nn
 
 from .expected import Expected, check
@@ -46,6 +48,10 @@ class Rewritten(nn.Module):
     """
 
     code: ClassVar[str]
+    graph: fx.Graph
+    report: Report
+    weights: Weights
+    program: Program
     _run: Callable[..., tuple[Any, ...]]
     _conditions: Callable[[Sequence[Any]], tuple[bool, ...]]
 

@@ -1,4 +1,64 @@
 """tautomer.rewrite: the framework. Knows no paper, no model family, no runtime.
 
-Reading order (a file imports only files above it):
+Reading order: a file imports only files above it.
+
+What everything speaks of:
+
+    errors.py       The errors tautomer raises: one base, few kinds, one sentence each
+    claims.py       A claim is what a rewrite promises about outputs and gradients
+    _torch.py       Every private name of torch that tautomer uses, and nothing else
+    shapes.py       Sizes may be symbols; every comparison of sizes goes through here
+    weights.py      The table of weights: a weight is a leaf of the user's model or an expression over leaves
+    signature.py    The call of a captured model: its own signature, bound by name, flattened to the graph's inputs
+    program.py      A program: an fx graph, its weights, and how it is called
+    interpret.py    Run a program's graph node by node; promoted to float64 it is the oracle
+
+From a model to a program:
+
+    record.py       One eager run of the user's model, which leaves the model as it was
+    build.py        An exported program becomes a ``Program``
+    metas.py        The metadata of a call is what the call gives on the metadata of its operands
+    functional.py   In-place calls become functional where nothing else sees the memory
+    canonical.py    Canonical form: one spelling per fact
+    export.py       ``torch.export`` with free sizes, tried in order
+    example.py      The example call, and other calls to try a capture with
+    modes.py        One program for both modes: the train export and the eval export, compared call by call
+    capture.py      Capture a model as a program
+
+What a rewrite is, and what it may say:
+
+    pass_base.py    A pass: one rewrite of a whole program, with a name, a claim and a source
+    target.py       What a target is: where a program will run, and whether a rewrite pays there
+    relations.py    How a value of the rewritten program stands to the value it comes from
+    evidence.py     What was measured when a claim was checked, and the one table of tolerances
+
+Holding a program to a claim:
+
+    samples.py      Inputs to verify on: the example's own values, at other sizes
+    gradients.py    Compare the gradients of two programs block by block, through the weight map
+    verification.py Hold a rewritten program to its claim
+    equivalence.py  Do two models agree? The contract of ``tautomer.verify``, for any two captured programs
+
+Rules: two sides of an equation:
+
+    ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
+    metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
+    emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
+    equation.py     The two sides of a rule, and what its ``where`` may ask of a match
+    patterns.py     ``before`` as a matcher that backtracks, and says how far it came
+    region.py       The region one application touches, held to its claim
+    engine.py       The engine: rules to a fixpoint, each application a transaction
+    rules.py        A rule: an equation that rewrites, and can say why it did not
+    trial.py        A rule tried without a model: its own left side, in every spelling, is the model
+
+Facts for rewrites of a whole program:
+
+    axes.py         An axis of a tensor, followed through the ops that carry it
+    selection.py    Which rewrites to apply together: a minimum cut
+    streams.py      The mean of a residual stream: who writes it, who would notice its absence
+
+Running them:
+
+    pipeline.py     Run an ordered tuple of passes on a program, and answer for the result
+    report.py       The report: what fired, what did not and why, how exact, what it cost, whether it paid
 """

@@ -18,6 +18,10 @@ from typing import Literal
 Forward = Literal["bitwise", "equal", "measured", "free"]
 Gradient = Literal["bitwise", "equal", "approximate", "none"]
 
+FORWARD_ORDER: tuple[Forward, ...] = ("bitwise", "equal", "measured", "free")
+GRADIENT_ORDER: tuple[Gradient, ...] = ("bitwise", "equal", "approximate", "none")
+"""Strongest first: a chain of rewrites keeps the weakest of its claims."""
+
 
 @dataclass(frozen=True)
 class Claim:

@@ -14,7 +14,7 @@ from itertools import groupby
 from time import perf_counter
 
 from ._torch import no_new_guards
-from .claims import ALGEBRAIC, Claim
+from .claims import ALGEBRAIC, BITWISE, FORWARD_ORDER, GRADIENT_ORDER, Claim
 from .engine import apply_rules
 from .errors import ClaimBroken
 from .evidence import Evidence
@@ -150,7 +150,7 @@ def _apply_one_by_one(
 def claim_of(log: Log, passes: Sequence[Pass]) -> Claim:
     """The claim of a chain of rewrites: the weakest forward and the weakest gradient among those that fired."""
     fired = {application.rewrite for application in log.applications}
-    claims = [rewrite.claim for rewrite in passes if rewrite.name in fired]
-    forward = max((claim.forward for claim in claims), key=("bitwise", "equal", "measured", "free").index, default="bitwise")
-    gradient = max((claim.gradient for claim in claims), key=("bitwise", "equal", "approximate", "none").index, default="bitwise")
+    claims = [rewrite.claim for rewrite in passes if rewrite.name in fired] or [BITWISE]
+    forward = max((claim.forward for claim in claims), key=FORWARD_ORDER.index)
+    gradient = max((claim.gradient for claim in claims), key=GRADIENT_ORDER.index)
     return replace(ALGEBRAIC("the weakest of the rewrites that fired"), forward=forward, gradient=gradient)

@@ -16,6 +16,8 @@ arXiv:2305.14858 (Pre-LN and Pre-RMSNorm are equivalent).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import fx
 
@@ -36,7 +38,7 @@ class LayerNormToRmsNorm(Pass):
 
     claim = ALGEBRAIC("the mean is removed from the weights in float64 and rounded once, not from the activations")
     paper = "arXiv:2305.14858"
-    purpose: Purpose = "speed"
+    purpose: ClassVar[Purpose] = "speed"
 
     def run(self, program: Program, context: Context) -> None:
         norms = candidates(program, self, context.admits)
