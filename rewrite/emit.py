@@ -147,17 +147,19 @@ class GraphOps(Ops):
     def node(self, x: fx.Node | Derived, hint: str = "weight") -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 
-        ``hint`` is the last part of its name; the rest is the path of its largest leaf.
+        ``hint`` is the last part of its name; the rest is the path of its largest leaf (the whole name if it has none).
         """
         if isinstance(x, fx.Node):
             return x
         largest = _largest(x.expression, self.program)
+        if largest is None:
+            return self._enter(x, hint)
         if x.fake.ndim == 2 and _stored_transposed(x.expression, largest):
             # The user's layout stays: the new matrix is stored as the old one is, and read through t().
             stored = self.apply(OPS["t"], x)
             assert isinstance(stored, Derived)
-            return self._emit(OPS["t"], (self._enter(stored, largest, hint),), {}, x.fake)
-        return self._enter(x, largest, hint)
+            return self._emit(OPS["t"], (self._enter(stored, _name(stored, largest, hint, self.program)),), {}, x.fake)
+        return self._enter(x, _name(x, largest, hint, self.program))
 
     def rollback(self) -> None:
         """Take every new node and weight back; nothing may read them yet."""
@@ -168,11 +170,10 @@ class GraphOps(Ops):
             self.program.weights.drop(name)
         self.created, self.staged = [], []
 
-    def _enter(self, x: Derived, largest: str, hint: str) -> fx.Node:
+    def _enter(self, x: Derived, name: str) -> fx.Node:
         entries = self.program.weights.entries
         known = len(entries)
-        parent, dot, _ = largest.rpartition(".")
-        name = self.program.weights.stage(x.expression, x.fake, parent + dot + hint if hint in ("weight", "bias") else largest)
+        name = self.program.weights.stage(x.expression, x.fake, name)
         if len(entries) > known:
             self.staged.append(name)
         return self.editor.attribute(name)
@@ -200,9 +201,18 @@ def _plain(x: Any, substitute: Callable[[Any], Any]) -> Any:
     return tuple(_plain(y, substitute) for y in x) if isinstance(x, (list, tuple)) else substitute(x)
 
 
-def _largest(expression: Expression, program: Program) -> str:
+def _largest(expression: Expression, program: Program) -> str | None:
     """The leaf with the most elements: a new weight is named after it."""
-    return max(leaves(expression), key=lambda leaf: product(program.weights.leaves[leaf].shape))
+    return max(leaves(expression), key=lambda leaf: product(program.weights.leaves[leaf].shape), default=None)
+
+
+def _name(x: Derived, largest: str, hint: str, program: Program) -> str:
+    """``h.0.attn.c_attn.bias``: the leaf it takes the place of, or beside the largest leaf, after the argument it serves."""
+    parent, dot, _ = largest.rpartition(".")
+    for leaf in leaves(x.expression):
+        if leaf.rpartition(".")[0] == parent and program.weights.leaves[leaf].shape == x.fake.shape:
+            return leaf
+    return parent + dot + hint if hint in ("weight", "bias") else largest
 
 
 def _stored_transposed(expression: Expression, leaf: str) -> bool:

@@ -309,7 +309,7 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     gone, stack = [], list(nodes)
     while stack:
         node = stack.pop()
-        if erased(node) or node.users or not _removable(node):
+        if erased(node) or node.users or not removable(node):
             continue
         operands = node.all_input_nodes
         graph.erase_node(node)
@@ -318,7 +318,8 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return gone
 
 
-def _removable(node: fx.Node) -> bool:
+def removable(node: fx.Node) -> bool:
+    """Whether nothing but the readers of ``node`` would notice that it is gone."""
     if node.op == "get_attr":
         return True
     return node.op == "call_function" and is_pure(node.target) and not node.meta.get("tautomer_mutated")

@@ -52,7 +52,7 @@ class Call:
         args = list(self.args)
         while form and args and _is_default(args[-1], form.defaults[len(args) - 1]):
             args.pop()
-        return f"{self.op.name}({', '.join(map(show_literal, args))})"
+        return f"{self.op.name}({', '.join(map(_brief, args))})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,12 @@ class AnyOf:
     alternatives: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return " or ".join(map(str, self.alternatives))
+        return " or ".join(dict.fromkeys(map(_brief, self.alternatives)))
+
+
+def _brief(x: Any) -> str:
+    """An operand in a sentence about something else: ``sqrt(…)``."""
+    return f"{x.op.name}(…)" if isinstance(x, Call) else show_literal(x)
 
 
 def _is_default(x: Any, default: Any) -> bool:
@@ -286,7 +291,8 @@ class _Writer:
             if later:
                 self.next_root(bound, twins, later, indent, depth)
             else:
-                self.write(indent, f"yield Found({self.result(bound, twins)})")
+                self.write(indent, f"if {self.distinct(bound)}:")
+                self.write(indent + 1, f"yield Found({self.result(bound, twins)})")
             return
         index = min(range(len(goals)), key=lambda i: self.rank(goals[i][0], bound))
         (pattern, at, source), rest = goals[index], goals[:index] + goals[index + 1 :]
@@ -364,9 +370,7 @@ class _Writer:
             self.write(indent, f"for {user} in tuple({at}.users) if {at}.__class__ is Node else ():")
             self.write(indent + 1, f"if {user}.target is {self.constant(call.op.target)}:")
             indent, at = indent + 2, user
-        taken = [bound[id(r)] for r in self.roots if id(r) in bound and r is not root]
-        self.write(indent, f"if {' and '.join(f'{at} is not {other}' for other in taken) or 'True'}:")
-        self.solve(((root, at, ""),), bound, twins, rest, indent + 1, depth)
+        self.solve(((root, at, ""),), bound, twins, rest, indent, depth)
 
     def path(self, pattern: Any, bound: dict[int, str]) -> list[Any] | None:
         """From something bound up to ``pattern``, through ops only."""
@@ -378,6 +382,13 @@ class _Writer:
         return None
 
     # -- text --
+
+    def distinct(self, bound: dict[int, str]) -> str:
+        """A root is no other op of the pattern: not a sibling, and not inside one."""
+        calls = {id(call): bound[id(call)] for root in self.roots for call in _calls(root) if id(call) in bound}
+        roots = self.roots if len(self.roots) > 1 else ()
+        pairs = [(bound[id(root)], at) for root in roots for call, at in calls.items() if call != id(root)]
+        return " and ".join(f"{root} is not {at}" for root, at in pairs) or "True"
 
     def result(self, bound: dict[int, str], twins: tuple[tuple[str, str], ...]) -> str:
         values = [bound.get(id(v), "None") for v in self.variables]

@@ -234,7 +234,7 @@ def _bind(expression: Any, bindings: dict[Any, int], sizes: tuple[int, ...]) -> 
 
 
 def relative_error(new: Any, old: Any, floor: float = 0.0) -> float:
-    """The largest difference over the largest magnitude; 0 where both are equal, NaN and infinities included."""
+    """The largest difference over the largest magnitude, where ``old`` is a number at all; infinities must be equal."""
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
         return 0.0 if isinstance(new, type(old)) else float("inf")
     if new.shape != old.shape:
@@ -242,8 +242,12 @@ def relative_error(new: Any, old: Any, floor: float = 0.0) -> float:
     if old.numel() == 0 or torch.equal(new, old):
         return 0.0
     new, old = new.detach().double(), old.detach().double()
-    alike = (new == old) | (new.isnan() & old.isnan())
-    gap = torch.where(alike, 0.0, (new - old).abs())
+    defined = ~old.isnan()
+    if not bool(defined.any()):
+        return float("inf")
+    gap = torch.where(new == old, 0.0, (new - old).abs())[defined]
+    if not bool(gap.any()):
+        return 0.0
     scale = max(float(old[old.isfinite()].abs().max()) if bool(old.isfinite().any()) else 0.0, floor)
     worst = float(gap.max())
     return worst / scale if scale and worst == worst else float("inf")

@@ -87,7 +87,7 @@ class Miss:
         if self.reason:
             return f"{self.rule} matched at {self.place} but refused: {self.reason}"
         at = f" ({self.source})" if self.source else ""
-        return f"{self.rule} matched {self.depth} ops at {self.place}, then wanted {self.expected} and found {self.found}{at}"
+        return f"{self.rule} matched {self.depth} ops, then wanted {self.expected} at {self.place} and found {self.found}{at}"
 
 
 def nearest_miss(rule: Rule, program: Program, at: str | None = None) -> Miss | None:
@@ -144,7 +144,7 @@ def _refusal(rule: Rule, match: Match) -> str:
 def _show(wanted: Any) -> str:
     if isinstance(wanted, Variable):
         article = {"weight": "a weight", "optional weight": "a weight or None", "tensor": "a tensor", "scalar": "a number"}
-        return f"{article.get(wanted.kind, 'the same value')} for {wanted.name}"
+        return f"{article.get(wanted.kind, 'the same value as before')} for {wanted.name}"
     if isinstance(wanted, (Call, AnyOf)):
         return str(wanted)
     return repr(wanted)

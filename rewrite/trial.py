@@ -67,7 +67,7 @@ def try_rule(rule: Rule) -> Trial:
         for program in spellings(rule, sample):
             spelled += 1
             worst = max(worst, _fires_once(rule, program))
-        for program in near_misses(rule, sample):
+        for program in near_misses(rule, sample) if sample is samples[0] else ():
             near += 1
             refused += _harmless(rule, program)
     return Trial(spelled, near, refused, worst)
@@ -209,9 +209,9 @@ def near_misses(rule: Rule, sample: Mapping[str, Any]) -> Iterator[Program]:
         for node in program.graph.nodes:
             if node.op != "call_function":
                 continue
-            for position, argument in enumerate(node.args):
+            for place, argument in (*enumerate(node.args), *node.kwargs.items()):
                 for wrong in _wrong(argument):
-                    yield from _changed(program, node.name, position, wrong)
+                    yield from _changed(program, node.name, place, wrong)
             if node not in program.output.all_input_nodes:
                 yield _with_reader(program, node.name)
 
@@ -230,10 +230,13 @@ def _wrong(x: Any) -> list[Any]:
     return []
 
 
-def _changed(program: Program, name: str, position: int, wrong: Any) -> Iterator[Program]:
+def _changed(program: Program, name: str, place: int | str, wrong: Any) -> Iterator[Program]:
     changed = program.copy()
-    nodes = {node.name: node for node in changed.graph.nodes}
-    nodes[name].args = (*nodes[name].args[:position], wrong, *nodes[name].args[position + 1 :])
+    node = next(n for n in changed.graph.nodes if n.name == name)
+    if isinstance(place, int):
+        node.update_arg(place, wrong)
+    else:
+        node.update_kwarg(place, wrong)
     metadata = Metadata(changed.fake_mode)
     try:
         for node in changed.graph.nodes:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.rules import Match, Operand, Ops, OptionalWeight, Rule, Tensor, Weight, require, shape
 from tautomer.rewrite.shapes import same

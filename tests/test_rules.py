@@ -1,0 +1,28 @@
+"""Every rule of passes/ on its own left side: it fires on each spelling, both sides agree, near misses do no harm."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import tautomer.passes
+from tautomer.rewrite.rules import Rule
+from tautomer.rewrite.trial import try_rule
+
+for module in pkgutil.walk_packages(tautomer.passes.__path__, "tautomer.passes."):
+    importlib.import_module(module.name)
+RULES = sorted((rule for rule in Rule.__subclasses__() if rule.__module__.startswith("tautomer.passes.")), key=lambda r: r.name)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_both_sides_agree_in_every_spelling_and_near_misses_do_no_harm(rule: type[Rule]) -> None:
+    trial = try_rule(rule())
+    assert trial.spellings
+    assert trial.near_misses
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_says_what_it_does(rule: type[Rule]) -> None:
+    assert " = " in rule().equation
+    assert rule.claim.note, "say which roundings move"
