@@ -55,7 +55,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "signature": encode_signature(module._signature),
         "inputs": [None if x is None else dataclasses.asdict(x) for x in module._inputs],
         "mode": module._mode,
-        "training": {name: x.training for name, x in module.named_modules() if x.training != module.training or not name},
+        "training": {name: x.training for name, x in module.named_modules()},
         "weights": table,
     }
     graphs = {"": encode_graph(module.graph), **{name: encode_graph(body.graph) for name, body in bodies.items()}}

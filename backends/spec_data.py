@@ -81,7 +81,7 @@ def find_class(name: str) -> type:
         raise UsageError(f"the saved module takes or returns {name}, which cannot be imported here: {error}",
                          hint=f"install the package that has {module}, or add its folder to PYTHONPATH") from error
     if found is namedtuple:
-        return namedtuple  # type: ignore[return-value]
+        return namedtuple  # type: ignore[no-any-return]
     if not isinstance(found, type):
         raise UsageError(f"the saved module takes or returns {name}, which is no class here")
     if found not in pytree.SUPPORTED_NODES and not pytree.is_namedtuple_class(found):

@@ -18,8 +18,10 @@ def forward(x, y=None, *, scale=1.5, mode="a"):
 
 
 def signature() -> Signature:
-    found = Signature.of(forward, "Model", (torch.zeros(2, 3),), {"mode": "b", "y": None}, pytree.tree_structure((1, {"z": 2})))
-    return replace(found, conditions=("leaves[0].size()[1] <= 40", "max(0, leaves[0].size()[0]) != 9", "not (leaves[0].size()[0] == 8)"))
+    output = pytree.tree_structure((1, {"z": 2}))
+    found = Signature.of(forward, "Model", (torch.zeros(2, 3),), {"mode": "b", "y": None}, output)
+    size = "leaves[0].size()[0]"
+    return replace(found, conditions=("leaves[0].size()[1] <= 40", f"max(0, {size}) != 9", f"not ({size} == 8)"))
 
 
 def test_a_signature_comes_back():
@@ -34,7 +36,7 @@ def test_a_signature_comes_back():
 
 @pytest.mark.parametrize(
     "condition",
-    ["__import__('os')", "leaves.__class__ == 1", "leaves[0].tolist() == []", "[x for x in leaves]", "'a' == 'a'", "exec(1)", "1 +"],
+    ["__import__('os')", "leaves.__class__ == 1", "leaves[0].tolist() == 1", "[x for x in leaves]", "'a' == 'a'", "1 +"],
 )
 def test_a_condition_that_is_more_than_arithmetic_is_refused(condition):
     data = encode_signature(signature())

@@ -15,7 +15,8 @@ from tautomer.rewrite.errors import UsageError
 from transformers.modeling_outputs import BaseModelOutput
 
 STATES = BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.zeros(1), torch.zeros(1)))
-TREES = [1, (1, [2, {"b": 3, "a": ()}]), OrderedDict(x=1), Match(1, (2,), 3), torch.return_types.max(torch.zeros(2, 2).max(0)), STATES]
+MAXIMUM = torch.zeros(2, 2).max(0)
+TREES = [1, (1, [2, {"b": 3, "a": ()}]), OrderedDict(x=1), Match(1, (2,), 3), MAXIMUM, STATES]
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: type(tree).__name__)

@@ -1,0 +1,104 @@
+"""A target runs a program and says what a rewrite is worth there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tautomer.backends import targets
+from tautomer.backends.targets import NORM, TARGETS, Norms, commonest_norm, measured_norms, recorded_norms, resolve
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.errors import UsageError
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm(16), nn.LayerNorm((5, 16))])
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x, flag=True):
+        for norm in self.norms:
+            x = self.linear(norm(x))
+        return x, x.shape[0] if flag else None
+
+
+X = torch.randn(3, 5, 16)
+
+
+def program():
+    return capture(Net().eval(), (X,))
+
+
+TYPOS = [("onxruntime", "onnxruntime"), ("Eager", "eager"), ("onnxruntime-gpu", "onnxruntime")]
+
+
+@pytest.mark.parametrize(("typo", "nearest"), TYPOS)
+def test_a_typo_suggests_the_nearest(typo, nearest):
+    with pytest.raises(UsageError, match=f"no target '{typo}'") as caught:
+        resolve(typo)
+    assert caught.value.hint is not None and caught.value.hint.startswith(nearest)
+
+
+def test_targets_are_what_they_are_called():
+    assert {name: (target.name, target.device) for name, target in TARGETS.items()} == {
+        "eager": ("eager", None), "inductor": ("inductor", None), "onnxruntime": ("onnxruntime", "cpu"),
+        "onnxruntime-cuda": ("onnxruntime-cuda", "cuda"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["eager", "inductor", "onnxruntime"])
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_a_compiled_program_computes_the_same(name, monkeypatch):
+    if name == "inductor":  # the route, not the compiler: minutes of C++ belong to the benchmarks
+        compiled = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="aot_eager"))
+    model = Net().eval()
+    captured = capture(model, (X,))
+    found = resolve(name).compile(captured)(captured.example)
+    torch.testing.assert_close(found[0], model(X)[0].detach(), rtol=1e-5, atol=1e-5)
+    assert not found[0].requires_grad
+
+
+def test_the_commonest_norm_has_the_sizes_of_the_example():
+    assert commonest_norm(program()) == Norms((3, 5, 16), 1, torch.float32, torch.device("cpu"))
+    assert commonest_norm(capture(nn.Linear(16, 16), (X,))) is None
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_opinion_on_another_pass_or_without_norms(name):
+    assert resolve(name).gain("fold-norm-scale", program()) is None
+    assert resolve(name).gain(NORM, capture(nn.Linear(16, 16), (X,))) is None
+
+
+def test_eager_measures_and_says_both_numbers():
+    gain = resolve("eager").gain(NORM, program())
+    assert gain is not None and gain.before_us and gain.after_us
+    assert gain.pays is (gain.after_us <= 1.05 * gain.before_us)
+    assert f"{gain.before_us:.0f} µs" in str(gain) and f"{gain.after_us:.0f} µs" in str(gain) and "[3, 5, 16]" in str(gain)
+
+
+@pytest.mark.parametrize(("before", "after", "pays"), [(100.0, 99.0, True), (100.0, 103.0, True), (100.0, 110.0, False)])
+def test_a_slower_norm_does_not_pay(before, after, pays, monkeypatch):
+    monkeypatch.setattr(targets, "measure", lambda *_, **__: (before, after))
+    assert measured_norms(Norms((2, 8), 1, torch.float32, torch.device("cpu"))).pays is pays
+
+
+def test_a_large_norm_is_measured_on_fewer_rows(monkeypatch):
+    seen = []
+    monkeypatch.setattr(targets, "measure", lambda a, b, inputs, *_, **__: seen.append(inputs[0].shape) or (1.0, 1.0))
+    monkeypatch.setattr(targets, "rounds_within", lambda *_: 3)
+    measured_norms(Norms((4096, 64, 1024), 1, torch.float32, torch.device("cpu")))
+    assert seen == [(16, 64, 1024)]
+
+
+def test_onnx_runtime_on_a_cpu_is_recorded_and_pays():
+    near, far = (recorded_norms(Norms(shape, 1, torch.float32, torch.device("cpu"))) for shape in [(2, 64, 768), (16, 197, 768)])
+    assert (near.pays, near.before_us, near.after_us) == (True, 46.0, 26.0)
+    assert (far.pays, far.before_us, far.after_us) == (True, 619.0, 392.0)
+
+
+def test_inductor_is_recorded_and_onnx_runtime_on_cuda_unknown():
+    gain = resolve("inductor").gain(NORM, program())
+    assert gain is not None and gain.pays and gain.before_us is None
+    assert resolve("onnxruntime-cuda").gain(NORM, program()) is None
