@@ -1,0 +1,96 @@
+"""Every row of the lowering table: one node, the same numbers, and only where the opset has the op."""
+
+from __future__ import annotations
+
+import numpy
+import onnxruntime
+import onnxscript.optimizer
+import pytest
+import torch
+from tautomer.backends.onnx_table import table
+from torch import nn
+from torch.nn import functional
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter, of torch's own
+
+
+def run(function, *inputs, opset=23):
+    class Call(nn.Module):
+        def forward(self, *xs):
+            return function(*xs)
+
+    exported = torch.export.export(Call(), inputs)
+    program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, custom_translation_table=table(opset),
+                                optimize=False, verbose=False)  # fmt: skip
+    onnxscript.optimizer.optimize(program.model)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = {x.name: y.numpy() for x, y in zip(session.get_inputs(), inputs, strict=True)}
+    return program.model, torch.from_numpy(session.run(None, feed)[0])
+
+
+def scales(model):
+    """The shape of every RMSNormalization's scale."""
+    return [list(node.inputs[1].shape) for node in model.graph.all_nodes() if node.op_type == "RMSNormalization"]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, None])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_rms_norm(scaled, eps, dims):
+    x = torch.randn(2, 5, 8) * 1e-3
+    shape = list(x.shape[-dims:])
+    inputs = (x, torch.randn(shape)) if scaled else (x,)
+    model, found = run(lambda x, g=None: functional.rms_norm(x, shape, g, eps), *inputs)
+    assert scales(model) == [shape]
+    torch.testing.assert_close(found, functional.rms_norm(x, shape, *inputs[1:], eps=eps), rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_keeps_half_precision_sums_wide():
+    x = torch.randn(2, 4096, dtype=torch.float16) * 30
+    model, found = run(lambda x: functional.rms_norm(x, [4096], None, 1e-5), x)
+    assert scales(model) == [[4096]]
+    torch.testing.assert_close(found, functional.rms_norm(x, [4096], None, 1e-5), rtol=2e-3, atol=2e-3)
+
+
+def test_below_its_opset_there_is_no_rms_normalization():
+    assert torch.ops.aten.rms_norm.default in table(23) and table(22) == {}
+    x = torch.randn(2, 8)
+    model, found = run(lambda x: functional.rms_norm(x, [8], None, 1e-5), x, opset=18)
+    assert scales(model) == []
+    torch.testing.assert_close(found, functional.rms_norm(x, [8], None, 1e-5), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "shared", "grouped"), [(4, 4, False), (4, 1, False), (4, 2, True)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention(heads, shared, grouped, causal):
+    q, k, v = torch.randn(2, heads, 5, 8), torch.randn(2, shared, 5, 8), torch.randn(2, shared, 5, 8)
+    attend = lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3, enable_gqa=grouped)  # noqa: E731
+    model, found = run(attend, q, k, v)
+    assert sum(node.op_type == "Attention" for node in model.graph.all_nodes()) == 1
+    torch.testing.assert_close(found, attend(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masked_attention(boolean):
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind()
+    allowed = torch.ones(5, 5).tril().bool()
+    mask = allowed if boolean else torch.zeros(5, 5).masked_fill(~allowed, -torch.inf)
+    _, found = run(functional.scaled_dot_product_attention, q, k, v, mask)
+    torch.testing.assert_close(found, functional.scaled_dot_product_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
+    assert not numpy.isnan(found.numpy()).any()
+
+
+@pytest.mark.parametrize(
+    ("op", "function"),
+    [
+        ("LayerNormalization", lambda x: functional.layer_norm(x, [8])),
+        ("LayerNormalization", lambda x: functional.layer_norm(x, [8], x[0, 0], x[0, 1], 1e-3)),
+        ("Gelu", functional.gelu),
+        ("Gelu", lambda x: functional.gelu(x, approximate="tanh")),
+    ],
+)
+def test_torchs_own_translations_are_right(op, function):
+    x = torch.randn(2, 5, 8)
+    model, found = run(function, x)
+    assert sum(node.op_type == op for node in model.graph.all_nodes()) == 1
+    torch.testing.assert_close(found, function(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,205 @@
+"""A written file agrees with PyTorch; a file that does not is not written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tautomer.backends import to_onnx as module
+from tautomer.backends.to_onnx import OnnxReport, to_onnx, tolerance
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.errors import ExportError, UsageError
+from torch import nn
+from zoo.models import ZOO
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, mask=None, flag=True):
+        x = self.drop(self.linear(self.norm(x)))
+        return {"logits": nn.functional.rms_norm(x, (8,), eps=1e-6), "kept": x if mask is None else x * mask, "none": None}
+
+
+X = torch.randn(2, 5, 8)
+
+
+def program(mode: str = "eval"):
+    return capture(Net(), (X,), {"mask": torch.ones(2, 5, 1)}, mode=mode)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_it_is_written_run_and_reported(tmp_path):
+    path = tmp_path / "net.onnx"
+    report = to_onnx(program(), path, rewrites=("first", "second"))
+    assert isinstance(report, OnnxReport) and report.path == path and leftovers(tmp_path) == ["net.onnx"]
+    assert report.error is not None and report.error <= 1e-5
+    assert report.nodes["LayerNormalization"] == 1 and report.nodes["RMSNormalization"] == 1 and "Dropout" not in report.nodes
+    assert report.bytes == path.stat().st_size and report.opset == 23
+    assert report.sizes[0] == "x[2, 5, 8], mask[2, 5, 1]" and report.sizes[1].startswith("x[1, ")
+    assert "ONNX Runtime (cpu) against PyTorch" in str(report) and r"\[" in report.__rich__()
+    model = onnx.load(path)
+    assert [x.name for x in model.graph.input] == ["x", "mask"] and [x.name for x in model.graph.output] == ["logits", "kept"]
+    assert {p.key: p.value for p in model.metadata_props}["tautomer.rewrites"] == "first, second"
+    assert model.opset_import[0].version == 23
+    onnx.checker.check_model(path)
+
+
+def test_static_sizes_are_the_examples(tmp_path):
+    report = to_onnx(program(), tmp_path / "net.onnx", dynamic=False)
+    assert report.sizes == ("x[2, 5, 8], mask[2, 5, 1]",)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [2, 5, 8]
+
+
+def test_a_program_of_both_modes_is_written_in_eval_mode(tmp_path):
+    captured = program("both")
+    captured.training = dict.fromkeys(captured.training, False)
+    report = to_onnx(captured, tmp_path / "net.onnx")
+    assert "Dropout" not in report.nodes and report.error is not None and report.error <= 1e-5
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23, 24])
+def test_opsets(opset, tmp_path):
+    report = to_onnx(program(), tmp_path / "net.onnx", opset=opset)
+    assert onnx.load(tmp_path / "net.onnx").opset_import[0].version == opset
+    assert report.nodes.get("RMSNormalization", 0) == (1 if opset >= 23 else 0)
+
+
+def test_it_is_compared_with_the_reference(tmp_path):
+    model = Net().eval()
+    captured = capture(model, (X,))
+    assert to_onnx(captured, tmp_path / "net.onnx", reference=model).error is not None
+    with torch.no_grad():
+        model.linear.bias[3] += 1e-2
+    wrong = Net().eval()
+    with pytest.raises(ExportError, match=r"disagree on '(logits|kept)': relative error \d"):
+        to_onnx(captured, tmp_path / "other.onnx", reference=wrong)
+    assert leftovers(tmp_path) == ["net.onnx"]
+
+
+def test_a_mismatch_names_the_worst_output_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"what was there")
+
+    def reference(x, mask=None):
+        out = captured_model(x, mask)
+        return {**out, "kept": out["kept"] * 1.01}
+
+    captured_model = Net().eval()
+    captured = capture(captured_model, (X,), {"mask": torch.ones(2, 5, 1)})
+    with pytest.raises(ExportError, match=r"disagree on 'kept': relative error 1\.0e-02|9\.9e-03"):
+        to_onnx(captured, path, reference=reference)
+    assert path.read_bytes() == b"what was there" and leftovers(tmp_path) == ["net.onnx"]
+
+
+def test_unchecked_is_said(tmp_path):
+    report = to_onnx(program(), tmp_path / "net.onnx", check=False)
+    assert report.error is None and report.sizes == () and "not run on ONNX Runtime" in str(report)
+
+
+def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
+    from torch.onnx import ONNXProgram
+
+    save = ONNXProgram.save
+    monkeypatch.setattr(ONNXProgram, "save", lambda self, path: save(self, path, external_data=True))
+    report = to_onnx(program(), tmp_path / "net.onnx")
+    assert leftovers(tmp_path) == ["net.onnx", "net.onnx.data"]
+    assert report.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("net.onnx", "net.onnx.data"):
+        os.rename(tmp_path / name, moved / name)
+    onnxruntime.InferenceSession(moved / "net.onnx", providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"provider": "gpu"}, "no provider 'gpu'"),
+        ({"opset": 9}, "opset 9 cannot be written; 18 to 24 can"),
+        ({"opset": 99}, "opset 99 cannot be written"),
+    ],
+)
+def test_wrong_arguments_are_said_before_any_work(options, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_translate", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match=sentence):
+        to_onnx(program(), tmp_path / "net.onnx", **options)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this machine has CUDA")
+def test_a_provider_that_is_not_installed_is_said(tmp_path):
+    with pytest.raises(UsageError, match="has no CUDAExecutionProvider"):
+        to_onnx(program(), tmp_path / "net.onnx", provider="cuda")
+
+
+def test_a_path_that_cannot_be_written_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_translate", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match="does not exist"):
+        to_onnx(program(), tmp_path / "no" / "net.onnx")
+    with pytest.raises(UsageError, match="is a folder"):
+        to_onnx(program(), tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UsageError, match="cannot be written"):
+        to_onnx(program(), tmp_path / "net.onnx")
+
+
+def test_a_program_in_train_mode_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="captured in train mode"):
+        to_onnx(program("train"), tmp_path / "net.onnx")
+
+
+def test_an_op_without_a_translation_is_named(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(ExportError, match=r"Odd cannot be written as ONNX opset 23: no translation of prims\.bessel_j0"):
+        to_onnx(capture(Odd().eval(), (X,)), tmp_path / "net.onnx")
+    assert leftovers(tmp_path) == []
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    to_onnx(program(), tmp_path / "net.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_tolerance_is_of_the_coarsest_dtype():
+    assert tolerance(program()) == 1e-4
+    assert tolerance(capture(nn.Linear(8, 8).double(), (X.double(),))) == 1e-10
+    assert tolerance(capture(nn.Linear(8, 8).half(), (X.half(),))) == 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes(dtype, tmp_path):
+    report = to_onnx(capture(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval().to(dtype), (X.to(dtype),)), tmp_path / "net.onnx")
+    assert report.error is not None
+
+
+def test_an_output_that_is_returned_twice_or_is_an_input(tmp_path):
+    class Same(nn.Module):
+        def forward(self, x):
+            y = x + 1
+            return y, y, x
+
+    assert to_onnx(capture(Same().eval(), (X,)), tmp_path / "net.onnx").error == 0.0
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "swin", "whisper"])
+def test_hugging_face(family, dynamic, tmp_path):
+    model, inputs = ZOO[family]()
+    report = to_onnx(capture(model, (), inputs), tmp_path / "m.onnx", dynamic=dynamic, reference=model)
+    assert report.error is not None and report.error <= 1e-4
+    assert len(report.sizes) == (2 if dynamic else 1)
