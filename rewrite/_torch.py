@@ -77,12 +77,15 @@ def oblivious_sizes() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
     """Inside, a fake op that fails raises without also logging its traceback."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def erased(node: fx.Node) -> bool:

@@ -33,6 +33,10 @@ class Editor:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.metadata = Metadata(program.fake_mode)
+        # A convolution asks about sizes to choose its kernel, which would be a guard: the capture has asked already.
+        for name in ("conv1d", "conv2d", "conv3d"):
+            for node in program.graph.find_nodes(op="call_function", target=OPS[name].target):
+                self.metadata.learn(node)
         self._constant: dict[fx.Node, bool] = {}
         self._expressions: dict[fx.Node, Expression | None] = {}
         self._attributes: dict[str, fx.Node] = {}

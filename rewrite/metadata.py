@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from ._torch import FakeTensorMode, quiet_fakes
 from .errors import Refused
+from .ops import fill
 from .program import target_name
 from .shapes import key, same_shape, show, tensor_key
 from .weights import Expression
@@ -51,17 +52,22 @@ class Metadata:
         Raises:
             Refused: the op does not accept these operands.
         """
-        question = (id(target), self.key(args), tuple((k, self.key(v)) for k, v in kwargs.items()) if kwargs else ())
+        question = (id(target), self.key(fill(target, args, kwargs)))
         if question not in self.memo:
             self.memo[question] = self._run(target, args, kwargs)
         return self.memo[question]
+
+    def learn(self, node: fx.Node) -> None:
+        """Remember what the capture knows about a call."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+        self.memo[id(node.target), self.key(fill(node.target, args, kwargs))] = node.meta.get("val")
 
     def key(self, x: Any) -> Hashable:
         """Everything an op can see of an operand."""
         if isinstance(x, Tensor):
             known = self.keys.get(id(x))
             if known is None:
-                known = self.keys[id(x)] = (x, tensor_key(x))
+                known = self.keys[id(x)] = (x, tensor_key(x.detach()) if x.requires_grad else tensor_key(x))
             return known[1]
         if isinstance(x, (list, tuple)):
             return tuple(map(self.key, x))
