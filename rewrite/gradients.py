@@ -178,22 +178,24 @@ def _expressions(program: Program, block: Block) -> list[Expression]:
 # -- one block -------------------------------------------------------------------------------------------------
 
 
-def _compare_block(old: Program, new: Program, ours: Block, theirs: Block, values: Mapping[str, Any]) -> tuple[float, int]:
+def _compare_block(old: Program, new: Program, ours: Block, theirs: Block, recorded: Mapping[str, Any]) -> tuple[float, int]:
     borders = _inputs(ours) + [n for n in _inputs(theirs) if _origin(n) not in {_origin(m) for m in _inputs(ours)}]
-    missing = [n.name for n in borders if _origin(n) not in values]
+    missing = [n.name for n in borders if _origin(n) not in recorded]
     if missing:
         raise _CannotPairError(f"{missing[0]} has no counterpart in the original")
     outputs = _shared_outputs(old, ours, theirs)
     worst, count = 0.0, 0
     for scale in (1.0, 1e-4):
-        inputs = {_origin(n): _scaled(values[_origin(n)], scale) for n in borders}
+        inputs = {_origin(n): _scaled(recorded[_origin(n)], scale) for n in borders}
         leaf = _Leaves(old, _edited(new, theirs))
-        ours_out = _run(old, ours, inputs, leaf, relate=False)
-        theirs_out = _run(new, theirs, inputs, leaf, relate=True)
-        pairs = [(related(b, ours_out[a]), theirs_out[b]) for a, b in outputs]
+        for name in sorted(_leaves_of(old, ours) | _leaves_of(new, theirs)):
+            leaf(name)
         floats = (x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad)
         wanted = [*floats, *leaf.given.values()]
-        mine, other = (_pull_back([pair[side] for pair in pairs], wanted) for side in (0, 1))
+        values = _run(old, ours, inputs, leaf, relate=False)  # one side after the other: each saves its tensors
+        mine = _pull_back([related(b, values[a]) for a, b in outputs], wanted)
+        values = _run(new, theirs, inputs, leaf, relate=True)
+        other = _pull_back([values[b] for _, b in outputs], wanted)
         floor = max((float(g.abs().max()) for g in mine if g is not None and g.numel()), default=0.0) * FLOOR
         for a, b, x in zip(mine, other, wanted, strict=True):
             a, b = (torch.zeros_like(x) if g is None else g for g in (a, b))
@@ -239,18 +241,18 @@ class _Leaves:
     def __init__(self, program: Program, edited: set[str]) -> None:
         self.program, self.edited = program, edited
         self.given: dict[object, Tensor] = {}
-        self._constant: dict[object, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
         tensor = self.program.weights.leaves[name]
-        if not tensor.is_floating_point() or not tensor.requires_grad:
-            return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
-        identity = (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         large = tensor.numel() > _LARGE and name not in self.edited
-        held = self._constant if large else self.given
-        if identity not in held:
-            held[identity] = tensor.detach().to(torch.float64).requires_grad_(not large)
-        return held[identity]
+        if large or not tensor.is_floating_point():
+            return tensor.detach()
+        if not tensor.requires_grad:
+            return tensor.to(torch.float64)
+        identity = (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if identity not in self.given:
+            self.given[identity] = tensor.detach().to(torch.float64).requires_grad_()
+        return self.given[identity]
 
 
 def _run(program: Program, block: Block, inputs: Mapping[str, Any], leaf: Callable[[str], Tensor], *, relate: bool) -> dict[fx.Node, Any]:
@@ -261,9 +263,6 @@ def _run(program: Program, block: Block, inputs: Mapping[str, Any], leaf: Callab
         value = inputs[_origin(node)]
         run.values[node] = related(node, value) if relate and isinstance(value, Tensor) else value
     for node in block.nodes:
-        for operand in node.all_input_nodes:
-            if operand.op == "get_attr" and operand not in run.values:
-                run.values[operand] = run.step(operand)
         run.values[node] = run.step(node)
     return run.values
 

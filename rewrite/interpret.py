@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from .program import Program
 
@@ -53,7 +54,7 @@ class Interpretation:
         self.program = program
         self.noise = noise
         self.dtype = dtype
-        self.weight = weight or (lambda name: program.weights.value(name, dtype))
+        self.weight = weight or self._weight
         self.written = written(program.graph)
         self.values: dict[fx.Node, Any] = {}
 
@@ -62,8 +63,9 @@ class Interpretation:
         feed = iter(inputs)
         for node in self.program.graph.nodes:
             if node.op == "output":
-                result = fx.node.map_arg(node.args[0], self.values.__getitem__)
-                return tuple(result)
+                return tuple(fx.node.map_arg(node.args[0], self.operand))
+            if node.op == "get_attr":
+                continue  # weights are made when they are read: all of them at once would be a second model
             value = self.input(node, next(feed)) if node.op == "placeholder" else self.step(node)
             self.values[node] = value
             if observe is not None:
@@ -78,17 +80,31 @@ class Interpretation:
         promoted = self.promote(value)
         return promoted.clone() if node in self.written and promoted is value else promoted
 
+    def _weight(self, name: str) -> Tensor:
+        """An untouched weight as it is (``step`` promotes what it is given), an edited one computed in the wanted dtype."""
+        return self.program.weights.value(name, self.dtype if self.program.weights[name].edited else None)
+
     def step(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return self.attribute(node)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None
-        args = fx.node.map_aggregate(fx.node.map_arg(node.args, self.values.__getitem__), self.promote)
-        kwargs = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, self.values.__getitem__), self.promote)
+        given = fx.node.map_arg(node.args, self.operand)
+        if self.dtype is not None and node.target in _IN_PIECES and _is_large(given):
+            return _IN_PIECES[node.target](self.dtype, *given)
+        args = fx.node.map_aggregate(given, self.promote)
+        kwargs = fx.node.map_aggregate(fx.node.map_arg(node.kwargs, self.operand), self.promote)
         assert callable(node.target)
         if not self.noise:
             args, kwargs = _without_noise(node.target, args, kwargs)
         return node.target(*args, **kwargs)  # type: ignore[misc]
+
+    def operand(self, node: fx.Node) -> Any:
+        """The value of a node that is read. A weight is made anew for each reader, unless the graph writes it."""
+        if node.op != "get_attr" or node in self.values:
+            return self.values[node]
+        value = self.attribute(node)
+        if node in self.written:
+            self.values[node] = value
+        return value
 
     def attribute(self, node: fx.Node) -> Any:
         name = str(node.target)
@@ -108,6 +124,36 @@ class Interpretation:
         return self.dtype if isinstance(x, torch.dtype) and x in _FLOATS else x
 
 
+_LARGE = 2**22
+
+
+def _is_large(args: Sequence[Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.numel() > _LARGE and x.dtype is not torch.float64 for x in args)
+
+
+def _linear_in_pieces(dtype: torch.dtype, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """A head over a vocabulary, promoted some rows at a time: its float64 copy alone would outweigh the rest."""
+    rows = max(1, _LARGE // W.shape[1])
+    biases = [None] * -(-len(W) // rows) if b is None else [c.to(dtype) for c in b.split(rows)]
+    x = x.to(dtype)
+
+    def piece(w: Tensor, c: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, w.to(dtype), c)
+
+    # The backward promotes each piece again instead of keeping it.
+    pieces = [checkpoint(piece, w, c, use_reentrant=False) for w, c in zip(W.split(rows), biases, strict=True)]
+    return torch.cat(pieces, -1)
+
+
+def _embedding_in_pieces(dtype: torch.dtype, W: Tensor, index: Tensor, *options: Any) -> Tensor:
+    """Only the rows that are read are promoted."""
+    return torch.nn.functional.embedding(index, W).to(dtype)
+
+
+_IN_PIECES: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.linear.default: _linear_in_pieces,
+    torch.ops.aten.embedding.default: _embedding_in_pieces,
+}
 _DROPOUTS = {torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default, torch.ops.aten.alpha_dropout.default}
 
 

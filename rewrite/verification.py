@@ -69,7 +69,7 @@ def _record(program: Program, sample: Sample) -> tuple[tuple[Any, ...], dict[str
     values: dict[str, Any] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node.op != "get_attr":
+        if program.expression(node) is None:  # W, t(W): a recorded weight would be a second model
             values[node.name] = value
 
     return interpret(program, sample.inputs, dtype=torch.float64, observe=keep, noise=False), values
