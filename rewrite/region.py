@@ -20,10 +20,10 @@ from torch.fx.node import map_aggregate
 from .claims import Claim
 from .emit import Editor
 from .errors import ClaimBroken
+from .evidence import FORWARD, GRADIENT, relative_error
 from .shapes import Size, key
 from .weights import Apply, Expression, Leaf, evaluate, leaves
 
-TOLERANCE = {"bitwise": 0.0, "equal": 1e-12}
 _SIZES = ((4, 6, 8, 10, 12, 14), (7, 5, 9, 11, 13, 3))
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -129,17 +129,17 @@ def hold(claim: Claim, old: Region, new: Region, editor: Editor) -> float | None
             outputs = _run(new, sample.values)
         except Exception as error:
             raise ClaimBroken(f"the rewritten region does not run: {str(error).splitlines()[0]}") from error
-    forward = max(map(relative_error, outputs, sample.outputs), default=0.0)
-    _judge("forward", forward, claim.forward, claim)
+    forward = max(map(_error, outputs, sample.outputs), default=0.0)
+    _judge("forward", forward, 0.0 if claim.forward == "bitwise" else FORWARD if claim.exact else None, claim)
     if claim.gradient not in ("equal", "bitwise"):
         return forward
     backward = _gradient_error(sample, outputs)
-    _judge("gradient", backward, claim.gradient, claim)
+    _judge("gradient", backward, 0.0 if claim.gradient == "bitwise" else GRADIENT, claim)
     return max(forward, backward)
 
 
-def _judge(what: str, error: float, promise: str, claim: Claim) -> None:
-    if not error <= TOLERANCE.get(promise, float("inf")):
+def _judge(what: str, error: float, allowed: float | None, claim: Claim) -> None:
+    if allowed is not None and not error <= allowed:
         raise ClaimBroken(f"the claim '{claim.name}' does not hold here: {what} differs by {error:.1e} (relative, in float64)")
 
 
@@ -233,23 +233,25 @@ def _bind(expression: Any, bindings: dict[Any, int], sizes: tuple[int, ...]) -> 
 # -- comparing ------------------------------------------------------------------------------------------------
 
 
-def relative_error(new: Any, old: Any, floor: float = 0.0) -> float:
-    """The largest difference over the largest magnitude, where ``old`` is a number at all; infinities must be equal."""
-    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
-        return 0.0 if isinstance(new, type(old)) else float("inf")
-    if new.shape != old.shape:
-        return float("inf")
-    if old.numel() == 0 or torch.equal(new, old):
-        return 0.0
-    new, old = new.detach().double(), old.detach().double()
+def _error(new: Any, old: Any) -> float:
+    """The relative error where ``old`` is a number at all: outside an op's domain a rule claims nothing."""
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or new.shape != old.shape or not old.is_floating_point():
+        return relative_error(new, old)
     defined = ~old.isnan()
-    if not bool(defined.any()):
-        return float("inf")
-    gap = torch.where(new == old, 0.0, (new - old).abs())[defined]
-    if not bool(gap.any()):
-        return 0.0
-    scale = max(float(old[old.isfinite()].abs().max()) if bool(old.isfinite().any()) else 0.0, floor)
+    if bool(defined.all()):
+        return relative_error(new, old)
+    return relative_error(new[defined], old[defined]) if bool(defined.any()) else float("inf")
+
+
+def _error_above(new: Tensor, old: Tensor, floor: float) -> float:
+    """The same for gradients, relative to no less than ``floor``."""
+    gap, size = (new - old).abs_(), float(old.abs().nan_to_num_().max())
     worst = float(gap.max())
+    if worst != worst:
+        worst = float(torch.where(old.isnan(), 0.0, gap).max())
+    if worst == 0.0:
+        return 0.0
+    scale = max(size, floor)
     return worst / scale if scale and worst == worst else float("inf")
 
 
@@ -267,7 +269,8 @@ def _gradient_error(sample: _Sample, outputs: Sequence[Tensor]) -> float:
     filled = [
         tuple(torch.zeros_like(v) if g is None else g for g in (o, n))
         for v, o, n in zip(sample.variables, old, new, strict=True)
+        if v.numel()
     ]
     # A gradient that is zero over the reals is rounding noise: it is measured against the others.
-    floor = 1e-3 * max(float(o.abs().max()) if o.numel() else 0.0 for o, _ in filled)
-    return max(relative_error(n, o, floor) for o, n in filled)
+    floor = 1e-3 * max((float(o.abs().nan_to_num_().max()) for o, _ in filled), default=0.0)
+    return max((_error_above(n, o, floor) for o, n in filled), default=0.0)

@@ -18,18 +18,16 @@ from torch import Tensor, fx
 from ._torch import FakeTensorMode, pytree
 from .emit import GraphOps
 from .errors import ClaimBroken, Refused
+from .evidence import FORWARD, relative_error
 from .interpret import interpret
 from .metadata import Derived, Metadata, refresh
 from .ops import form_of
 from .pass_base import Context
 from .patterns import AnyOf, Call, Variable, trace
 from .program import Program
-from .region import relative_error
 from .rules import Rule
 from .signature import Signature
 from .weights import Weights
-
-TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def _fires_once(rule: Rule, program: Program) -> float:
         why = [refusal.reason for refusal in context.log.refusals]
         raise ClaimBroken(f"{rule.name} does not fire on {original}\n{why[0] if why else ''}")
     error = _difference(original, program)
-    if error > TOLERANCE and rule.claim.exact:
+    if error > FORWARD and rule.claim.exact:
         raise ClaimBroken(f"{rule.name} changes the result by {error:.1e} on\n{original}\n->\n{program}")
     again = Context()
     rule.run(program, again)
@@ -93,7 +91,7 @@ def _harmless(rule: Rule, program: Program) -> bool:
     """Whether a near miss was refused. Nothing but the pattern and ``where`` protects it: the check is off."""
     original, context = program.copy(), Context(check=False)
     rule.run(program, context)
-    if context.log.applications and rule.claim.exact and (error := _difference(original, program)) > TOLERANCE:
+    if context.log.applications and rule.claim.exact and (error := _difference(original, program)) > FORWARD:
         raise ClaimBroken(f"{rule.name} fires on a near miss and changes the result by {error:.1e}:\n{original}\n->\n{program}")
     return not context.log.applications
 

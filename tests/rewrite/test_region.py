@@ -10,7 +10,7 @@ from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, APPROXIMATE, ARCHITECTURE, BITWISE
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.errors import ClaimBroken
-from tautomer.rewrite.region import Region, hold, region_between, relative_error, signature
+from tautomer.rewrite.region import _error, _error_above, hold, region_between, signature
 from torch import nn
 
 aten = torch.ops.aten
@@ -64,13 +64,16 @@ def test_signatures_see_structure_and_literals():
     assert len({signature(region, (), editor) for region in (a, b, c)}) == 3
 
 
-def test_relative_error():
+def test_where_the_old_side_is_no_number_nothing_is_claimed():
     one, nan, inf = torch.tensor([1.0, 2.0]), math.nan, math.inf
-    assert relative_error(one, one) == 0.0
-    assert relative_error(torch.tensor([1.0, 2.2]), one) == pytest.approx(0.1)
-    assert relative_error(torch.tensor([1.0, inf]), torch.tensor([nan, inf])) == 0.0, "old is no number there"
-    assert relative_error(one, torch.tensor([nan, nan])) == inf, "nothing was compared"
-    assert relative_error(torch.tensor([nan, 1.0]), one) == inf
-    assert relative_error(one[:1], one) == inf
-    assert relative_error(torch.empty(0), torch.empty(0)) == 0.0
-    assert Region((), (), {}).inputs == ()
+    assert _error(torch.tensor([1.0, 5.0]), torch.tensor([1.0, nan])) == 0.0
+    assert _error(one, torch.tensor([nan, nan])) == inf, "nothing was compared"
+    assert _error(torch.tensor([nan, 1.0]), one) == inf
+
+
+def test_a_gradient_that_is_zero_is_measured_against_the_others():
+    zero, noise = torch.zeros(2), torch.full((2,), 1e-16)
+    assert _error_above(noise, zero, 1e-3) == pytest.approx(1e-13)
+    assert _error_above(noise, zero, 0.0) == math.inf
+    assert _error_above(zero, zero, 0.0) == 0.0
+    assert _error_above(torch.tensor([math.nan, 1.0]), zero, 1.0) == math.inf
