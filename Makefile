@@ -11,7 +11,7 @@ venv:            ## a virtual environment with everything, exact versions
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 
 check:           ## lint, format of imports, types, generated docs up to date
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 

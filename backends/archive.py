@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
 from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import UsageError
-from torch import Tensor, fx, nn
 
 from .expected import Expected
 from .graph_data import decode_graph, encode_graph

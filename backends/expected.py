@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import key
-from torch import Tensor
 
 
 @dataclass(frozen=True)

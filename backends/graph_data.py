@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tautomer.rewrite.errors import UsageError
 from torch import fx
+
+from tautomer.rewrite.errors import UsageError
 
 _MODULES: dict[str, Any] = {"operator": operator, "math": math, "torch": torch, "builtins": builtins}
 _BUILTINS = ("abs", "bool", "float", "int", "len", "max", "min", "pow", "round")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy
 import torch
-from tautomer.rewrite.signature import Signature
 from torch import Tensor
+
+from tautomer.rewrite.signature import Signature
 
 
 def rename(model: Any, signature: Signature, inputs: Sequence[int], outputs: Sequence[int]) -> list[str]:

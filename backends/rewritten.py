@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
+from torch import fx, nn
+
 from tautomer.rewrite._torch import size_functions
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode, Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.signature import Signature
 from tautomer.rewrite.weights import Weights
-from torch import fx, nn
 
 from .expected import Expected, check
 from .graph_data import decode_graph, encode_graph

@@ -12,6 +12,7 @@ from collections import namedtuple
 from typing import Any
 
 import torch
+
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.errors import UsageError
 

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.samples import symbolic_dims
 from tautomer.rewrite.target import Compiled, Gain, Target
-from torch import Tensor
 
 from .measure import measure, rounds_within
-from .to_onnx import open_session, to_onnx
+from .onnx_check import open_session
+from .to_onnx import to_onnx
 from .to_torch import to_torch
 
 NORM = "layer-norm-to-rms-norm"

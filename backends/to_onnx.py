@@ -1,8 +1,6 @@
 """Write a program as an ONNX file, run the file on ONNX Runtime, compare, and only then put it where it was asked for.
 
-    max|ort(x) - program(x)| <= tolerance * max|program(x)|
-
-at the example and, where sizes are free, at batch 1 and an odd length.
+    program  ->  emitted module  ->  torch.export  ->  torch.onnx with our lowering table  ->  checked file
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,24 +21,18 @@ from typing import Any
 import onnxruntime
 import onnxscript.optimizer
 import torch
-from tautomer.rewrite._torch import oblivious_sizes, pytree
-from tautomer.rewrite.errors import ExportError, UsageError
-from tautomer.rewrite.evidence import relative_error
-from tautomer.rewrite.interpret import interpret
-from tautomer.rewrite.program import Program
-from tautomer.rewrite.samples import samples
 from torch import Tensor, nn
 
+from tautomer.rewrite._torch import oblivious_sizes
+from tautomer.rewrite.errors import ExportError, UsageError
+from tautomer.rewrite.program import Program
+
+from .onnx_check import PROVIDERS, Reference, compare, tensor_outputs
 from .onnx_names import name_weights, rename
 from .onnx_table import table
 from .to_torch import to_torch
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 OPSETS = range(18, 25)
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest relative error of an output, by the coarsest floating dtype of the program."""
-
-Reference = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -115,14 +107,14 @@ def to_onnx(
     model = onnx_program.model
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
     inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
-    outputs = rename(model, program.signature, inputs, _tensor_outputs(program))
+    outputs = rename(model, program.signature, inputs, tensor_outputs(program))
     model.metadata_props["tautomer.version"] = version("tautomer")
     model.metadata_props["tautomer.rewrites"] = ", ".join(rewrites)
     nodes = Counter(node.op_type for node in model.graph.all_nodes())
     with tempfile.TemporaryDirectory(prefix=".tautomer-", dir=target.parent) as folder:
         file = Path(folder) / target.name
         onnx_program.save(file)
-        error, sizes = _compare(program, file, provider, dynamic, reference, outputs) if check else (None, ())
+        error, sizes = compare(program, file, provider, dynamic, reference, outputs) if check else (None, ())
         files = sorted(Path(folder).iterdir(), key=lambda x: x.name == target.name)
         total = sum(x.stat().st_size for x in files)
         for written in files:
@@ -203,7 +195,7 @@ def _flat(program: Program) -> nn.Module:
     module = to_torch(program)
     if program.mode == "both":
         module.eval()
-    wanted = _tensor_outputs(program)
+    wanted = tensor_outputs(program)
 
     def forward(self: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         feed = iter(tensors)
@@ -214,88 +206,8 @@ def _flat(program: Program) -> nn.Module:
     return module
 
 
-def _tensor_outputs(program: Program) -> list[int]:
-    """Which of the program's flat outputs are tensors."""
-    return [i for i, x in enumerate(program.output.args[0]) if isinstance(getattr(x, "meta", {}).get("val"), Tensor)]  # type: ignore[arg-type]
-
-
 def _root(error: BaseException) -> str:
     """The first line of what an error began with."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# -- the check ------------------------------------------------------------------------------------------------
-
-
-def _compare(
-    program: Program, file: Path, provider: str, dynamic: bool, reference: Reference | None, names: Sequence[str]
-) -> tuple[float, tuple[str, ...]]:
-    """The worst relative error of the file's outputs, and the sizes it was measured at."""
-    session = open_session(file, provider)
-    inputs = [program.example, *(sample.inputs for sample in list(samples(program))[1:] if dynamic)]
-    bound = tolerance(program)
-    worst, shown = 0.0, []
-    for flat in inputs:
-        expected = _expected(program, flat, reference)
-        feed = {x.name: y.detach().cpu().numpy() for x, y in zip(session.get_inputs(), _tensors(flat), strict=True)}
-        try:
-            found = [torch.from_numpy(x) for x in session.run(None, feed)]
-        except Exception as error:
-            raise ExportError(f"ONNX Runtime cannot run {program.name} at {_sizes(session, flat)}: {error}") from error
-        errors = {name: relative_error(a, b.cpu()) for name, a, b in zip(names, found, expected, strict=True)}
-        name = max(errors, key=lambda n: errors[n], default="")
-        if errors and errors[name] > bound:
-            raise ExportError(
-                f"ONNX Runtime and PyTorch disagree on '{name}': relative error {errors[name]:.1e}, allowed {bound:.0e}, "
-                f"at {_sizes(session, flat)}"
-            )
-        worst = max([worst, *errors.values()])
-        shown.append(_sizes(session, flat))
-    return worst, tuple(shown)
-
-
-def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on ``file``.
-
-    Raises:
-        ExportError: the file does not load, or not with this provider.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load the file: {error}") from error
-    if session.get_providers()[0] != PROVIDERS[provider]:
-        raise ExportError(f"ONNX Runtime did not load its {PROVIDERS[provider]}", hint="check its CUDA and cuDNN versions")
-    return session
-
-
-def tolerance(program: Program) -> float:
-    """How far the file may be from PyTorch, by the coarsest floating dtype of weights, inputs and outputs."""
-    nodes = [*program.placeholders, *program.graph.find_nodes(op="get_attr"), *program.output.all_input_nodes]
-    dtypes = {node.meta["val"].dtype for node in nodes if isinstance(node.meta.get("val"), Tensor)}
-    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
-
-
-@torch.no_grad()
-def _expected(program: Program, flat: Sequence[Any], reference: Reference | None) -> list[Tensor]:
-    if reference is None:
-        outputs: Sequence[Any] = interpret(program, flat)
-    else:
-        copies = [x.clone() if isinstance(x, Tensor) else x for x in flat]
-        args, kwargs = pytree.tree_unflatten(copies, program.signature.in_spec)
-        outputs = program.signature.flatten(reference(*args, **kwargs))
-    return [outputs[i] for i in _tensor_outputs(program)]
-
-
-def _tensors(flat: Sequence[Any]) -> list[Tensor]:
-    return [x for x in flat if isinstance(x, Tensor)]
-
-
-def _sizes(session: Any, flat: Sequence[Any]) -> str:
-    return ", ".join(f"{x.name}{list(y.shape)}" for x, y in zip(session.get_inputs(), _tensors(flat), strict=True))

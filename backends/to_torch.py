@@ -10,10 +10,11 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, fx, nn
+
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.interpret import written
 from tautomer.rewrite.program import Program
-from torch import Tensor, fx, nn
 
 from .expected import expected
 from .rewritten import Body, Rewritten

@@ -83,13 +83,16 @@ def main() -> None:
         rows.setdefault(name, []).append((seconds, grown))
         return result
 
-    for _ in range(3):
+    def once() -> Any:
         program = record("capture", lambda: capture(model, (), {"input_ids": ids}))
         original = program.copy()
         norms = program.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default)
         record("facts (streams, selection)", lambda: Streams(program, norms).plan())
         record("rewriting", lambda: run_passes(Inference().passes(), program, Context(), check=False))
-        evidence = record("verification of the whole", lambda: check_program(original, program, ALGEBRAIC))
+        return record("verification of the whole", lambda: check_program(original, program, ALGEBRAIC))
+
+    for _ in range(3):
+        evidence = once()
     capture_time = statistics.median(seconds for seconds, _ in rows["capture"])
     print(f"GPT-2 small, {weights / 1e9:.2f} GB of float32 weights, input [1, 128], {torch.get_num_threads()} threads, torch "
           f"{torch.__version__.split('+')[0]}; medians of 3")  # fmt: skip

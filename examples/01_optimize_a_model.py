@@ -13,9 +13,10 @@ import warnings
 from pathlib import Path
 
 import onnxruntime
-import tautomer
 import torch
 import transformers
+
+import tautomer
 
 
 def gpt2_small() -> torch.nn.Module:

@@ -11,6 +11,11 @@ from typing import ClassVar, Protocol
 
 from tautomer.rewrite.pass_base import Pass
 
+from .cleanup.drop_dead_code import DropDeadCode
+from .cleanup.drop_unused_weights import DropUnusedWeights
+from .cleanup.fold_constants import FoldConstants
+from .cleanup.merge_equal_expressions import MergeEqualExpressions
+from .cleanup.name_weights import NameWeights
 from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
 from .norm.fold_norm_shift import FoldNormShift
@@ -42,7 +47,7 @@ RAISE: tuple[type[Pass], ...] = (
     DropNormCasts,
 )
 NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
-CLEANUP: tuple[type[Pass], ...] = ()
+CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
 PASSES: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 """Every rewrite there is, in the order of the catalogue."""
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .program import Program
+from .program import Program, arguments
 from .shapes import Size, product, same
 
 aten = torch.ops.aten
@@ -43,15 +43,6 @@ def shape(node: Any) -> Sequence[Size]:
 
 def rank(node: Any) -> int:
     return len(shape(node))
-
-
-def call(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an ATen call by their schema names, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    arguments = node.target._schema.arguments
-    bound = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    bound |= dict(zip((a.name for a in arguments), node.args, strict=False))
-    return bound | node.kwargs
 
 
 class Axes:
@@ -131,7 +122,7 @@ class Axes:
             if x.op == "get_attr":
                 tensor = self.fixed(x)
                 return tensor is not None and not bool(tensor.any())
-            return x.op == "call_function" and (x.target in _ZEROS or (x.target in _FULL and call(x)["fill_value"] == 0))
+            return x.op == "call_function" and (x.target in _ZEROS or (x.target in _FULL and arguments(x)["fill_value"] == 0))
         return bool(x == 0)
 
 
@@ -152,10 +143,19 @@ def _first(axes: Axes, node: fx.Node, axis: int) -> Carriers:
 
 
 _SAME = {
-    aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.lift_fresh_copy.default,
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
     aten.neg.default,
-}  # fmt: skip
+}
 
 
 def _sum(axes: Axes, node: fx.Node, axis: int) -> Carriers:
@@ -318,14 +318,20 @@ def _piece(axes: Axes, node: fx.Node, axis: int) -> Carriers:
     if not isinstance(source, fx.Node) or source.op != "call_function" or source.target not in _SPLITS:
         return None
     whole = source.args[0]
-    dim = call(source)["dim"] % rank(whole)
+    dim = arguments(source)["dim"] % rank(whole)
     if source.target is aten.unbind.int:
         return (Value(whole, axis + (axis >= dim)),)  # type: ignore[arg-type]
     return None if dim == axis else (Value(whole, axis),)  # type: ignore[arg-type]
 
 
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int,
-           aten.tensor_split.sections}  # fmt: skip
+_SPLITS = {
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.tensor_split.sections,
+}
 
 
 # -- reductions, pools and pads over other axes ----------------------------------------------------------------
@@ -333,11 +339,11 @@ _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, a
 
 def _reduce(axes: Axes, node: fx.Node, axis: int) -> Carriers:
     source = node.args[0]
-    given = call(node)["dim"]
+    given = arguments(node)["dim"]
     if given is None or given == []:
         return None
     reduced = {d % rank(source) for d in ([given] if isinstance(given, int) else given)}
-    if call(node)["keepdim"]:
+    if arguments(node)["keepdim"]:
         return None if axis in reduced else (Value(source, axis),)  # type: ignore[arg-type]
     kept = [d for d in range(rank(source)) if d not in reduced]
     return (Value(source, kept[axis]),)  # type: ignore[arg-type]
@@ -351,7 +357,7 @@ def _spatial(dims: int) -> Rule:
 def _pad(axes: Axes, node: fx.Node, axis: int) -> Carriers:
     """Zeros around other axes; the amounts come in pairs, last axis first."""
     amounts: Any = node.args[1]
-    bound = call(node)
+    bound = arguments(node)
     behind = 2 * (rank(node) - 1 - axis)
     fills = bound.get("mode", "constant") == "constant" and bound["value"] not in (None, 0, 0.0)
     return None if fills or any(amounts[behind : behind + 2]) else (Value(node.args[0], axis),)  # type: ignore[arg-type]
@@ -398,7 +404,7 @@ def _conv(dims: int) -> Rule:
     """conv(x, W (out, in/g, ..), b): the channels come from W's rows, if every filter sees every input channel."""
 
     def rule(axes: Axes, node: fx.Node, axis: int) -> Carriers:
-        bound = call(node)
+        bound = arguments(node)
         if axis != rank(node) - dims - 1 or bound["groups"] != 1:
             return None
         return _operands((bound["weight"], 0), (bound["bias"], 0))
@@ -410,7 +416,7 @@ def _conv_transpose(dims: int) -> Rule:
     """conv_transpose(x, W (in, out/g, ..), b)."""
 
     def rule(axes: Axes, node: fx.Node, axis: int) -> Carriers:
-        bound = call(node)
+        bound = arguments(node)
         if axis != rank(node) - dims - 1 or bound["groups"] != 1:
             return None
         return _operands((bound["weight"], 1), (bound["bias"], 0))
@@ -423,7 +429,7 @@ def _conv_transpose(dims: int) -> Rule:
 
 def _layer_norm(axes: Axes, node: fx.Node, axis: int) -> Carriers:
     """(x - mean)/std g + b over the axis has zero mean if g is constant, once b is centred."""
-    bound = call(node)
+    bound = arguments(node)
     if axis != rank(node) - 1 or len(bound["normalized_shape"]) != 1 or not axes.constant(bound["weight"], 0, 1):
         return None
     return _operands((bound["bias"], 0))
@@ -437,7 +443,10 @@ def _table() -> dict[Any, Rule]:
         ((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), _where),
         ((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
         ((aten.dropout.default,), _dropout),
-        ((aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default), _view),
+        (
+            (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default),
+            _view,
+        ),
         ((aten.expand.default,), _expand),
         ((aten.repeat.default,), _repeat),
         ((aten.permute.default,), _permute),
@@ -454,9 +463,20 @@ def _table() -> dict[Any, Rule]:
         ((aten.stack.default,), _stack),
         ((operator.getitem,), _piece),
         ((aten.mean.dim, aten.sum.dim_IntList), _reduce),
-        ((aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_linear1d.vec, aten.upsample_nearest1d.vec), _spatial(1)),
-        ((aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
-          aten.upsample_nearest2d.vec), _spatial(2)),
+        (
+            (aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_linear1d.vec, aten.upsample_nearest1d.vec),
+            _spatial(1),
+        ),
+        (
+            (
+                aten.avg_pool2d.default,
+                aten.adaptive_avg_pool2d.default,
+                aten.upsample_bilinear2d.vec,
+                aten.upsample_bicubic2d.vec,
+                aten.upsample_nearest2d.vec,
+            ),
+            _spatial(2),
+        ),
         ((aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default, aten.upsample_trilinear3d.vec), _spatial(3)),
         ((aten.pad.default, aten.constant_pad_nd.default), _pad),
         ((aten.linear.default,), _linear),
@@ -470,7 +490,7 @@ def _table() -> dict[Any, Rule]:
         ((aten.conv_transpose2d.input,), _conv_transpose(2)),
         ((aten.conv_transpose3d.input,), _conv_transpose(3)),
         ((aten.layer_norm.default,), _layer_norm),
-    ]  # fmt: skip
+    ]
     return {target: rule for targets, rule in rows for target in targets}
 
 
@@ -493,13 +513,26 @@ def blind(user: fx.Node, operand: Value) -> bool:
     if not user.args or user.args[0] is not operand.node or user.all_input_nodes.count(operand.node) != 1:
         return False
     if user.target is aten.layer_norm.default:
-        others = (call(user)["weight"], call(user)["bias"])
-        return len(call(user)["normalized_shape"]) == 1 and operand.axis == rank(operand.node) - 1 and operand.node not in others
+        others = (arguments(user)["weight"], arguments(user)["bias"])
+        return (
+            len(arguments(user)["normalized_shape"]) == 1
+            and operand.axis == rank(operand.node) - 1
+            and operand.node not in others
+        )
     if user.target in (aten.softmax.int, aten._softmax.default, aten.log_softmax.int):
-        return bool(call(user)["dim"] % rank(operand.node) == operand.axis)
+        return bool(arguments(user)["dim"] % rank(operand.node) == operand.axis)
     return False
 
 
-_SIZES_ONLY = {aten.sym_size.int, aten._assert_tensor_metadata.default, aten.zeros_like.default, aten.ones_like.default,
-               aten.empty_like.default, aten.full_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
-               aten.new_empty.default}  # fmt: skip
+_SIZES_ONLY = {
+    aten.sym_size.int,
+    aten._assert_tensor_metadata.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+}

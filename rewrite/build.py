@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ _CHECKS = frozenset({
 })  # fmt: skip
 
 
-def build(exported: torch.export.ExportedProgram, model: nn.Module, prefix: str, signature: Signature,
-          example: Sequence[Any]) -> Program:
+def build(
+    exported: torch.export.ExportedProgram, model: nn.Module, prefix: str, signature: Signature, example: Sequence[Any]
+) -> Program:
     """The program of an export of ``model``, which stands under ``prefix`` in the exported module.
 
     ``example`` are the flat inputs; the exported graph has one placeholder for each, in this order.
@@ -180,7 +181,7 @@ class _Translation:
 def spell(node: fx.Node) -> None:
     """Arguments that can stand by position do; those that repeat the schema's default at the end are left out.
 
-        layer_norm(x, [8], weight=w, bias=b, eps=1e-5)  =  layer_norm(x, [8], w, b)
+    layer_norm(x, [8], weight=w, bias=b, eps=1e-5)  =  layer_norm(x, [8], w, b)
     """
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
@@ -203,13 +204,3 @@ def spell(node: fx.Node) -> None:
 def _is_default(value: Any, argument: Any) -> bool:
     default = argument.default_value
     return argument.has_default_value() and type(value) is type(default) and bool(value == default)
-
-
-def arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    """Every argument of an operator call by name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args) and not argument.kwarg_only:
-            yield argument.name, node.args[index]
-        else:
-            yield argument.name, node.kwargs.get(argument.name, argument.default_value)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from ._torch import FakeTensorMode, erased, no_new_guards
-from .build import arguments, drop_dead, spell
+from .build import drop_dead, spell
 from .functional import mark_writes, opaque
 from .interpret import may_alias
 from .metas import meta_of, refresh, same_meta
-from .program import Program, inherit
+from .program import Program, arguments, inherit
 from .record import silence
 from .shapes import Size, product, same, same_shape, static
 from .weights import expression_of
@@ -132,7 +132,7 @@ def _returned(reader: fx.Node) -> bool:
 
 def drop_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
     """to(x, dtype of x) = x"""
-    x, given = node.args[0], dict(arguments(node))
+    x, given = node.args[0], arguments(node)
     if given.get("copy") or given.get("memory_format") not in (None, torch.preserve_format):
         return None
     return _same_meta(node, x) if _dtype(node) == _dtype(x) else None
@@ -157,7 +157,7 @@ def drop_detach(node: fx.Node, edit: Editor) -> fx.Node | None:
 
 def drop_slice(node: fx.Node, edit: Editor) -> fx.Node | None:
     """slice(x, k, 0, end) = x where end is at least the size of axis k"""
-    given = dict(arguments(node))
+    given = arguments(node)
     x, start, end, step = _node(given["self"]), given["start"], given["end"], given["step"]
     if x is None or start not in (None, 0) or step != 1 or not (end is None or isinstance(end, (int, fx.Node))):
         return None
@@ -193,7 +193,7 @@ def drop_double_transpose(node: fx.Node, edit: Editor) -> fx.Node | None:
 def drop_contiguous(node: fx.Node, edit: Editor) -> fx.Node | None:
     """contiguous(x) = x and clone(x) = x where x has this layout already, or where every reader is a reshape"""
     x = _node(node.args[0])
-    layout = dict(arguments(node)).get("memory_format")
+    layout = arguments(node).get("memory_format")
     if x is None or layout not in (None, torch.contiguous_format, torch.preserve_format) or not _dtype(x):
         return None
     if _same_strides(node, x):
@@ -219,7 +219,7 @@ def drop_one(node: fx.Node, edit: Editor) -> fx.Node | None:
 
 def drop_dropout(node: fx.Node, edit: Editor) -> fx.Node | None:
     """dropout(x, p, False) = x;  dropout(x, 0, …) = x"""
-    given = dict(arguments(node))
+    given = arguments(node)
     return _node(node.args[0]) if given["train"] is False or _is_number(given["p"], 0) else None
 
 
@@ -239,7 +239,7 @@ def spell_view(node: fx.Node, edit: Editor) -> fx.Node | None:
 
 def spell_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
     """to(x, dtype=d, device of x, layout of x) = to(x, d);  type_as(x, y) = to(x, dtype of y)"""
-    x, given = _node(node.args[0]), dict(arguments(node))
+    x, given = _node(node.args[0]), arguments(node)
     if x is None or node.target is aten.to.dtype or _dtype(x) is None or _device(node) != _device(x):
         return None
     extra = ("copy", "pin_memory", "memory_format", "non_blocking")
@@ -258,7 +258,7 @@ def merge_reshapes(node: fx.Node, edit: Editor) -> fx.Node | None:
 
 def drop_norm_flag(node: fx.Node, edit: Editor) -> fx.Node | None:
     """layer_norm(x, n, w, b, eps, flag) = layer_norm(x, n, w, b, eps): PyTorch does not read the flag"""
-    given = dict(arguments(node))
+    given = arguments(node)
     if given["cudnn_enable"] is True:
         return None
     return edit.call(aten.layer_norm.default, *(given[name] for name in ("input", "normalized_shape", "weight", "bias", "eps")))
@@ -269,7 +269,7 @@ def drop_norm_flag(node: fx.Node, edit: Editor) -> fx.Node | None:
 
 def linear_from_addmm(node: fx.Node, edit: Editor) -> fx.Node | None:
     """addmm(b, x, W) = linear(x, t(W), b)"""
-    given = dict(arguments(node))
+    given = arguments(node)
     b, x, W = given["self"], given["mat1"], given["mat2"]
     if not edit.is_weight(W) or edit.is_weight(x) or not (_is_number(given["alpha"], 1) and _is_number(given["beta"], 1)):
         return None

@@ -31,8 +31,14 @@ from .signature import Signature
 _MODES = ("auto", "eval", "train", "both")
 
 
-def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
-            dynamic_shapes: Any = "auto", mode: str = "auto") -> Program:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    mode: str = "auto",
+) -> Program:
     """The program that ``model(*args, **kwargs)`` runs.
 
     Args:
@@ -65,13 +71,15 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         if not parts:
             raise
         raise CaptureError(
-            f"{error.what}\n  can be captured: {', '.join(parts)}", where=error.where,
+            f"{error.what}\n  can be captured: {', '.join(parts)}",
+            where=error.where,
             hint=f"{error.hint}; or capture_parts(model, args, kwargs), which captures those submodules",
         ) from error.__cause__
 
 
-def capture_parts(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
-                  dynamic_shapes: Any = "auto") -> dict[str, Program]:
+def capture_parts(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto"
+) -> dict[str, Program]:
     """The largest submodules of ``model`` that can be captured, by path; ``{"": program}`` if the whole can.
 
     A submodule is captured with the inputs of its first call in ``model(*args, **kwargs)``, in the mode it is in.

@@ -1,6 +1,6 @@
 """An equation: two sides over ``op``, the condition under which they are equal, and operands to try it on.
 
-    before(op, x, g, …) = after(op, x, g, …)        where(m)
+before(op, x, g, …) = after(op, x, g, …)        where(m)
 """
 
 from __future__ import annotations

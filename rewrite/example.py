@@ -111,7 +111,8 @@ def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         first = (str(error).splitlines() or [""])[0]
         raise UsageError(
             f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {first}",
-            where=user_line(error), hint="inputs for which model(*args, **kwargs) works",
+            where=user_line(error),
+            hint="inputs for which model(*args, **kwargs) works",
         ) from error
 
 
@@ -122,8 +123,9 @@ def _check_model(model: Any, resolve: bool) -> None:
     if isinstance(model, type):
         raise UsageError(f"{model.__name__} is a class, not a model", hint=f"an instance: {model.__name__}(...)")
     if not isinstance(model, nn.Module):
-        raise UsageError(f"a model must be a torch.nn.Module, not {type(model).__name__}",
-                         hint="a module whose forward calls your function")
+        raise UsageError(
+            f"a model must be a torch.nn.Module, not {type(model).__name__}", hint="a module whose forward calls your function"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError("a TorchScript module has no forward that can be captured", hint="the module it was made from")
     if hasattr(model, "_orig_mod"):
@@ -157,8 +159,9 @@ def _check_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         takes = ", ".join(str(p) for p in inspect.signature(model.forward).parameters.values())
-        raise UsageError(f"the example inputs do not fit {type(model).__name__}.forward: {error}",
-                         hint=f"args and kwargs for forward({takes})") from None
+        raise UsageError(
+            f"the example inputs do not fit {type(model).__name__}.forward: {error}", hint=f"args and kwargs for forward({takes})"
+        ) from None
 
 
 def _check_devices(model: nn.Module, leaves: Sequence[Any], names: Sequence[str]) -> None:
@@ -166,8 +169,10 @@ def _check_devices(model: nn.Module, leaves: Sequence[Any], names: Sequence[str]
     for leaf, name in zip(leaves, names, strict=True):
         if devices and isinstance(leaf, Tensor) and leaf.device not in devices and leaf.dim():
             weights = ", ".join(sorted(map(str, devices)))
-            raise UsageError(f"the input '{name}' is on {leaf.device}, the weights are on {weights}",
-                             hint=f"{name}.to({str(next(iter(devices)))!r})")
+            raise UsageError(
+                f"the input '{name}' is on {leaf.device}, the weights are on {weights}",
+                hint=f"{name}.to({str(next(iter(devices)))!r})",
+            )
 
 
 # -- the same call at other sizes -----------------------------------------------------------------------------

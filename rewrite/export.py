@@ -40,8 +40,9 @@ class Flat(nn.Module):
         return list(pytree.tree_leaves(self.model(*args, **kwargs)))
 
 
-def export(model: nn.Module, leaves: Sequence[Any], in_spec: Any, sizes: Sequence[Sizes], *,
-           oblivious: bool = False) -> torch.export.ExportedProgram:
+def export(
+    model: nn.Module, leaves: Sequence[Any], in_spec: Any, sizes: Sequence[Sizes], *, oblivious: bool = False
+) -> torch.export.ExportedProgram:
     """Export ``model`` on the flat inputs ``leaves``; ``sizes`` gives the dynamic dims of each leaf.
 
     Raises:
@@ -110,8 +111,9 @@ def given_sizes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     try:
         return _spread([list(args), dict(kwargs)], [positional[: len(args)], {name: by_name.get(name) for name in kwargs}])
     except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"dynamic_shapes does not fit the inputs: {error}",
-                         hint="give one entry per argument, as torch.export takes them") from None
+        raise UsageError(
+            f"dynamic_shapes does not fit the inputs: {error}", hint="give one entry per argument, as torch.export takes them"
+        ) from None
 
 
 def _spread(tree: Any, spec: Any) -> list[Sizes]:
@@ -130,13 +132,21 @@ def _spread(tree: Any, spec: Any) -> list[Sizes]:
 # -- what went wrong ------------------------------------------------------------------------------------------
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
-    (r"data-dependent|DataDependent|unbacked|\bu\d+\b|Could not guard",
-     "decides by the values of a tensor, which a graph cannot",
-     "torch.where or torch.cond for the decision, or take it out of forward: .item(), .tolist(), `if tensor:` decide"),
-    (r"[Cc]onstraints violated|dynamic_shapes|specializ", "cannot run with the dynamic_shapes that were asked for",
-     'dynamic_shapes="auto", or dynamic_shapes=None for exactly the sizes of the example'),
-    (r"pytree|not supported|unsupported.*(input|output)", "takes or returns an object that torch.export does not know",
-     "tensors, tuples, dicts and dataclasses, or register the class with torch.utils._pytree.register_pytree_node"),
+    (
+        r"data-dependent|DataDependent|unbacked|\bu\d+\b|Could not guard",
+        "decides by the values of a tensor, which a graph cannot",
+        "torch.where or torch.cond for the decision, or take it out of forward: .item(), .tolist(), `if tensor:` decide",
+    ),
+    (
+        r"[Cc]onstraints violated|dynamic_shapes|specializ",
+        "cannot run with the dynamic_shapes that were asked for",
+        'dynamic_shapes="auto", or dynamic_shapes=None for exactly the sizes of the example',
+    ),
+    (
+        r"pytree|not supported|unsupported.*(input|output)",
+        "takes or returns an object that torch.export does not know",
+        "tensors, tuples, dicts and dataclasses, or register the class with torch.utils._pytree.register_pytree_node",
+    ),
 )
 
 
@@ -148,8 +158,11 @@ def explain(error: BaseException, owner: str) -> CaptureError:
     for pattern, reason, hint in _REASONS:
         if re.search(pattern, text):
             return CaptureError(f"{owner} {reason} ({first[:200]})", where=where, hint=hint)
-    return CaptureError(f"{owner} cannot be captured: {type(error).__name__}: {first[:300]}", where=where,
-                        hint="torch operations for what this line does, or to take it out of forward")
+    return CaptureError(
+        f"{owner} cannot be captured: {type(error).__name__}: {first[:300]}",
+        where=where,
+        hint="torch operations for what this line does, or to take it out of forward",
+    )
 
 
 def user_line(error: BaseException) -> str | None:

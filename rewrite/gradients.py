@@ -48,7 +48,8 @@ def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> 
     Args:
         values: the float64 value of every node of ``old``, by name.
     """
-    pairs = _closed(old, new, _pair_blocks(old, new))
+    varying = _varying(old)
+    pairs = _closed(old, new, _pair_blocks(old, new), varying)
     worst, count, notes = 0.0, 0, list[str]()
     seen: set[object] = set()
     for ours, theirs in pairs:
@@ -57,7 +58,7 @@ def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> 
             continue
         seen.add(signature)
         try:
-            error, compared = _compare_block(old, new, ours, theirs, values)
+            error, compared = _compare_block(old, new, ours, theirs, values, varying)
         except _CannotPairError as reason:
             notes.append(f"gradients of block '{ours.path or 'root'}' were not compared: {reason}")
             continue
@@ -121,7 +122,7 @@ def _pair_blocks(old: Program, new: Program) -> list[tuple[Block, Block]]:
     return [(block, Block(block.path, nodes)) for block, nodes in zip(ours, assigned, strict=True)]
 
 
-def _closed(old: Program, new: Program, pairs: list[tuple[Block, Block]]) -> list[tuple[Block, Block]]:
+def _closed(old: Program, new: Program, pairs: list[tuple[Block, Block]], varying: set[str]) -> list[tuple[Block, Block]]:
     """Join neighbouring blocks until nothing unpaired crosses a border: a shift may have moved into the next block."""
     closed: list[tuple[Block, Block]] = []
     pending: tuple[Block, Block] | None = None
@@ -129,16 +130,39 @@ def _closed(old: Program, new: Program, pairs: list[tuple[Block, Block]]) -> lis
         if pending is not None:
             ours, theirs = (Block(a.path, a.nodes + b.nodes) for a, b in zip(pending, (ours, theirs), strict=True))
         pending = ours, theirs
-        if _crosses_paired(ours, theirs) and _leaves_of(old, ours) == _leaves_of(new, theirs):
+        if _crosses_paired(ours, theirs, varying) and _leaves_of(old, ours) == _leaves_of(new, theirs):
             closed.append(pending)
             pending = None
     return closed if pending is None else [*closed, pending]
 
 
-def _crosses_paired(ours: Block, theirs: Block) -> bool:
-    """Whether every value that leaves the new block stands for one of the old block."""
+def _crosses_paired(ours: Block, theirs: Block, varying: set[str]) -> bool:
+    """Whether every value that leaves the new block stands for one of the old block, and what enters enters the old one.
+
+    A value that gradients do not reach may come from anywhere.
+    """
     names, inside = {node.name for node in ours.nodes}, set(theirs.nodes)
-    return all(_origin(node) in names for node in theirs.nodes if any(user not in inside for user in node.users))
+    leaving = (node for node in theirs.nodes if any(user not in inside for user in node.users))
+    entering = {_origin(node) for node in _inputs(theirs)} & varying
+    return all(_origin(node) in names for node in leaving) and entering <= {_origin(node) for node in _inputs(ours)}
+
+
+def _varying(program: Program) -> set[str]:
+    """The values that gradients reach: those computed from a weight that trains or from a floating input."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "get_attr":
+            reached = node.target in program.weights and program.weights[str(node.target)].requires_grad
+        elif node.op == "placeholder":
+            reached = isinstance(value, Tensor) and value.is_floating_point()
+        else:
+            integer = isinstance(value, Tensor) and not value.is_floating_point()
+            cut = integer or node.target is torch.ops.aten.detach.default
+            reached = not cut and any(operand in found for operand in node.all_input_nodes)
+        if reached:
+            found.add(node)
+    return {node.name for node in found}
 
 
 def _leaves_of(program: Program, block: Block) -> set[str]:
@@ -178,7 +202,9 @@ def _expressions(program: Program, block: Block) -> list[Expression]:
 # -- one block -------------------------------------------------------------------------------------------------
 
 
-def _compare_block(old: Program, new: Program, ours: Block, theirs: Block, recorded: Mapping[str, Any]) -> tuple[float, int]:
+def _compare_block(
+    old: Program, new: Program, ours: Block, theirs: Block, recorded: Mapping[str, Any], varying: set[str]
+) -> tuple[float, int]:
     borders = _inputs(ours) + [n for n in _inputs(theirs) if _origin(n) not in {_origin(m) for m in _inputs(ours)}]
     missing = [n.name for n in borders if _origin(n) not in recorded]
     if missing:
@@ -186,7 +212,9 @@ def _compare_block(old: Program, new: Program, ours: Block, theirs: Block, recor
     outputs = _shared_outputs(old, ours, theirs)
     worst, count = 0.0, 0
     for scale in (1.0, 1e-4):
-        inputs = {_origin(n): _scaled(recorded[_origin(n)], scale) for n in borders}
+        inputs = {
+            _origin(n): _scaled(recorded[_origin(n)], scale) if _origin(n) in varying else recorded[_origin(n)] for n in borders
+        }
         leaf = _Leaves(old, _edited(new, theirs))
         for name in sorted(_leaves_of(old, ours) | _leaves_of(new, theirs)):
             leaf(name)
@@ -255,7 +283,9 @@ class _Leaves:
         return self.given[identity]
 
 
-def _run(program: Program, block: Block, inputs: Mapping[str, Any], leaf: Callable[[str], Tensor], *, relate: bool) -> dict[fx.Node, Any]:
+def _run(
+    program: Program, block: Block, inputs: Mapping[str, Any], leaf: Callable[[str], Tensor], *, relate: bool
+) -> dict[fx.Node, Any]:
     """The values of a block's nodes; the new side's inputs stand in their stated relation to the old side's."""
     run = Interpretation(program, torch.float64, lambda name: evaluate(program.weights[name].expression, leaf), noise=False)
     run.written = written(program.graph)

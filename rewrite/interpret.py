@@ -134,14 +134,14 @@ def _is_large(args: Sequence[Any]) -> bool:
 def _linear_in_pieces(dtype: torch.dtype, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """A head over a vocabulary, promoted some rows at a time: its float64 copy alone would outweigh the rest."""
     rows = max(1, _LARGE // W.shape[1])
-    biases = [None] * -(-len(W) // rows) if b is None else [c.to(dtype) for c in b.split(rows)]
+    biases = [None] * -(-len(W) // rows) if b is None else [c.to(dtype) for c in torch.split(b, rows)]
     x = x.to(dtype)
 
     def piece(w: Tensor, c: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, w.to(dtype), c)
 
     # The backward promotes each piece again instead of keeping it.
-    pieces = [checkpoint(piece, w, c, use_reentrant=False) for w, c in zip(W.split(rows), biases, strict=True)]
+    pieces = [checkpoint(piece, w, c, use_reentrant=False) for w, c in zip(torch.split(W, rows), biases, strict=True)]
     return torch.cat(pieces, -1)
 
 

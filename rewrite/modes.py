@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .build import arguments
 from .errors import Refused, require
-from .program import Program, path_of, place, target_name
+from .program import Program, arguments, path_of, place, target_name
 
 aten = torch.ops.aten
 
@@ -84,7 +83,7 @@ class _Merge:
         if not isinstance(node.target, torch._ops.OpOverload):
             require(self._equal_tree(_operands(node), _operands(other), evaluated), _difference(node))
             return
-        mine, theirs = dict(arguments(node)), dict(arguments(other))
+        mine, theirs = arguments(node), arguments(other)
         for name, value in mine.items():
             if self._equal_tree(value, theirs[name], evaluated):
                 continue
@@ -177,7 +176,7 @@ def _set(node: fx.Node, name: str, value: fx.Node | None) -> None:
         elif argument.kwarg_only:
             node.update_kwarg(name, value)
         else:
-            filled = [given for _, given in arguments(node)]
+            filled = list(arguments(node).values())
             node.args = (*filled[:index], value)
 
 
@@ -187,4 +186,3 @@ def _operands(node: fx.Node) -> list[Any]:
 
 def _difference(node: fx.Node) -> str:
     return f"{target_name(node)} at {place(node)} differs between train and eval mode in more than a flag"
-

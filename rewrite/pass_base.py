@@ -71,6 +71,13 @@ class Log:
     applications: list[Application] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    _refused: set[Refusal] = field(default_factory=set, repr=False, compare=False)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Enter a refusal, once."""
+        if refusal not in self._refused:
+            self._refused.add(refusal)
+            self.refusals.append(refusal)
 
 
 @dataclass
@@ -107,9 +114,7 @@ class Context:
 
     def refused(self, rewrite: Pass, node: fx.Node, reason: str) -> None:
         """Record a refusal at ``node``; the same refusal is recorded once."""
-        refusal = Refusal(rewrite.name, identify(rewrite, node), reason, source_of(node))
-        if refusal not in self.log.refusals:
-            self.log.refusals.append(refusal)
+        self.log.refuse(Refusal(rewrite.name, identify(rewrite, node), reason, source_of(node)))
 
     def noted(self, rewrite: Pass, node: fx.Node, text: str) -> None:
         """Record what a user should know about ``node``."""

@@ -91,7 +91,7 @@ def _pays(rewrite: Pass, program: Program, target: Target | None, outcome: Outco
     outcome.gains[rewrite.name] = gain
     if not gain.pays:
         assert target is not None
-        outcome.log.refusals.append(Refusal(rewrite.name, rewrite.name, f"does not pay on {target.name}: {gain.note}"))
+        outcome.log.refuse(Refusal(rewrite.name, rewrite.name, f"does not pay on {target.name}: {gain.note}"))
     return gain.pays
 
 
@@ -141,7 +141,7 @@ def _apply_one_by_one(
             context.fuel = fuel
             for name in dict.fromkeys(application.rewrite for application in context.log.applications[fired:]):
                 outcome.withdrawn[name] = broken.what
-                context.log.refusals.append(Refusal(name, name, f"rolled back, its claim broke: {broken.what}", broken.where))
+                context.log.refuse(Refusal(name, name, f"rolled back, its claim broke: {broken.what}", broken.where))
             del context.log.applications[fired:]
             del context.log.notes[noted:]
     return evidence

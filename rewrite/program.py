@@ -61,8 +61,17 @@ class Program:
         for node in self.graph.nodes:
             mapped[node] = graph.node_copy(node, mapped.__getitem__)
             mapped[node].meta = dict(node.meta)
-        return Program(graph, self.weights.copy(), self.signature, self.example, self.mode, dict(self.training),
-                       dict(self.regions), self.name, list(self.notes))
+        return Program(
+            graph,
+            self.weights.copy(),
+            self.signature,
+            self.example,
+            self.mode,
+            dict(self.training),
+            dict(self.regions),
+            self.name,
+            list(self.notes),
+        )
 
     def restore(self, snapshot: Program) -> None:
         """Become ``snapshot`` (which must not be used afterwards): how a pass is rolled back."""
@@ -194,3 +203,15 @@ def tensors(node: fx.Node) -> Iterator[Tensor]:
         if isinstance(leaf, Tensor):
             yield leaf
 
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by their schema names, defaults filled in.
+
+    Example: ``arguments(norm)["eps"]``
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        positional = index < len(node.args) and not argument.kwarg_only
+        given[argument.name] = node.args[index] if positional else node.kwargs.get(argument.name, argument.default_value)
+    return given

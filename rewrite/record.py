@@ -87,7 +87,7 @@ def _unknown_class(owner: type, found: type) -> CaptureError:
     return CaptureError(
         f"the forward of {owner.__name__} returns a {found.__name__}, which torch.export does not know",
         hint=f"return tensors, tuples, dicts or a dataclass, or register the class: "
-             f"torch.utils._pytree.register_pytree_node({found.__name__}, ...)",
+        f"torch.utils._pytree.register_pytree_node({found.__name__}, ...)",
     )
 
 

@@ -95,7 +95,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The same facts as plain data (JSON-ready)."""
-        return asdict(self)
+        data = asdict(self)
+        del data["log"]["_refused"]
+        return data
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.model} for {self.target}", style="bold")

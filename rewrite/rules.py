@@ -1,16 +1,16 @@
 """A rule: an equation that rewrites, and can say why it did not.
 
-    class FoldNormScale(Rule):
-        claim = ALGEBRAIC("the product by g is rounded in W, not in the activation")
+class FoldNormScale(Rule):
+    claim = ALGEBRAIC("the product by g is rounded in W, not in the activation")
 
-        def before(self, op, x, shape, g, eps, W: Weight, b):
-            return op.linear(op.rms_norm(x, shape, g, eps), W, b)
+    def before(self, op, x, shape, g, eps, W: Weight, b):
+        return op.linear(op.rms_norm(x, shape, g, eps), W, b)
 
-        def where(self, m):
-            require(m.g is not None, "the norm has no scale left to fold")
+    def where(self, m):
+        require(m.g is not None, "the norm has no scale left to fold")
 
-        def after(self, op, x, shape, g, eps, W, b):
-            return op.linear(op.rms_norm(x, shape, None, eps), op.mul(W, g), b)
+    def after(self, op, x, shape, g, eps, W, b):
+        return op.linear(op.rms_norm(x, shape, None, eps), op.mul(W, g), b)
 """
 
 from __future__ import annotations

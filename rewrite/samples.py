@@ -85,12 +85,14 @@ def refresh(value: Tensor, generator: torch.Generator) -> Tensor:
     if value.is_floating_point():
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         return noise * value.std() + value.mean() if value.numel() > 1 else value.clone()
-    if value.dtype is torch.bool or value.numel() == 0 or (0 <= int(value.min()) and int(value.max()) <= 1):
+    if value.dtype is torch.bool or value.numel() == 0 or (int(value.min()) >= 0 and int(value.max()) <= 1):
         return value.clone()
     index = torch.randint(value.numel(), value.shape, generator=generator).to(value.device)
     return value.flatten()[index]
 
 
 def _show(program: Program, inputs: Sequence[Any]) -> str:
-    shapes = (f"{node.target}{list(x.shape)}" for node, x in zip(program.placeholders, inputs, strict=True) if isinstance(x, Tensor))
+    shapes = (
+        f"{node.target}{list(x.shape)}" for node, x in zip(program.placeholders, inputs, strict=True) if isinstance(x, Tensor)
+    )
     return ", ".join(shapes)

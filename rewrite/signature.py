@@ -58,8 +58,9 @@ class Signature:
     conditions: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, forward: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any],
-           out_spec: Any) -> Signature:
+    def of(
+        cls, forward: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any], out_spec: Any
+    ) -> Signature:
         """The signature of the captured call ``forward(*args, **kwargs)``."""
         named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(forward).parameters.values()

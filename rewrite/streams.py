@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .axes import Axes, Value, blind, call, rank
+from .axes import Axes, Value, blind, rank
 from .pass_base import Pass
-from .program import Program, place, source_of, target_name
+from .program import Program, arguments, place, source_of, target_name
 from .selection import Selection
 
 aten = torch.ops.aten
@@ -118,7 +118,9 @@ class Streams:
         if self.is_weight(value):
             return ()
         found = self.axes.carriers(value)
-        if found is None or any(_reads(value.node, c.node) > found.count(c) for c in found if c.node in value.node.all_input_nodes):
+        if found is None or any(
+            _reads(value.node, c.node) > found.count(c) for c in found if c.node in value.node.all_input_nodes
+        ):
             return None  # one node in two roles (matmul(x, x)): only one of them carries the axis
         return tuple(map(self.same_weight, found))
 
@@ -206,10 +208,9 @@ class Streams:
                 return self._observed(value, observer)
         roots = self._roots(forced)
         norms = sum(self.same_weight(self.wanted(other)) in forced for other in self.norms)
-        return (
-            f"its stream would need {len(roots)} centring{'s' * (len(roots) != 1)} at run time for "
-            f"{norms} norm{'s' * (norms != 1)}, which costs more than it saves: {self._cause(roots[0]) if roots else 'nothing to gain'}"
-        )
+        needed, saved = _count(len(roots), "centring"), _count(norms, "norm")
+        cause = self._cause(roots[0]) if roots else "nothing to gain"
+        return f"its stream would need {needed} at run time for {saved}, which costs more than it saves: {cause}"
 
     def _closure(self, start: set[Value], step: Callable[[Value], Iterable[Value]]) -> set[Value]:
         seen, queue = set(start), deque(start)
@@ -268,6 +269,10 @@ def _reads(user: fx.Node, operand: fx.Node) -> int:
     return count
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 _JOINS = {aten.cat.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
@@ -279,7 +284,7 @@ def _observer_phrase(observer: fx.Node, value: Value) -> str:
     if target is aten.rms_norm.default:
         return f"an RMSNorm at {at} reads the same stream, and its result depends on the mean"
     if target is aten.layer_norm.default:
-        dims = len(call(observer)["normalized_shape"])
+        dims = len(arguments(observer)["normalized_shape"])
         over = f"over {dims} dims" if dims != 1 else "over another axis"
         return f"a LayerNorm {over} at {at} reads the stream and sees how the means of its tokens differ"
     if target is aten.group_norm.default:
@@ -316,5 +321,5 @@ def _source_phrase(node: fx.Node) -> str:
 def candidates(program: Program, rewrite: Pass, admits: Callable[[Pass, fx.Node], bool]) -> list[fx.Node]:
     """The LayerNorms over the last axis alone that the user admits."""
     norms = program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
-    local = (norm for norm in norms if len(call(norm)["normalized_shape"]) == 1 and not norm.meta.get("tautomer_mutated"))
+    local = (norm for norm in norms if len(arguments(norm)["normalized_shape"]) == 1 and not norm.meta.get("tautomer_mutated"))
     return [norm for norm in local if admits(rewrite, norm)]

@@ -109,7 +109,9 @@ def _compare(
         )
     if claim.exact and lies and lies[0][1] > _conditioning(old, sample, outputs):
         node, size = lies[0]
-        raise ClaimBroken(f"{line(node)} at {place(node)} is not what the rewrite says it is, by {size:.1e}", where=source_of(node))
+        raise ClaimBroken(
+            f"{line(node)} at {place(node)} is not what the rewrite says it is, by {size:.1e}", where=source_of(node)
+        )
     return error, held
 
 
@@ -160,8 +162,7 @@ def _own_dtype(old: Program, new: Program, sample: Sample, oracle: tuple[Any, ..
             raise ClaimBroken(f"output {index} was {a.dtype} and is {b.dtype} now")
         was, now = relative_error(a, o), relative_error(b, o)
         if now > allowed(was, a.dtype):
-            raise ClaimBroken(
-                f"in {str(a.dtype).removeprefix('torch.')} output {index} is off by {now:.1e} where the original is off by {was:.1e}"
-            )
+            name = str(a.dtype).removeprefix("torch.")
+            raise ClaimBroken(f"in {name} output {index} is off by {now:.1e} where the original is off by {was:.1e}")
         worst = (max(worst[0], was), max(worst[1], now))
     return worst

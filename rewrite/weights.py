@@ -113,13 +113,22 @@ class Weights:
         entries: the table; by default every leaf as itself.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], entries: Mapping[str, Weight]) -> None:
+    def __init__(
+        self, leaves: Mapping[str, Tensor], entries: Mapping[str, Weight], origin: Mapping[str, Weight] | None = None
+    ) -> None:
         self.leaves = dict(leaves)
         self.entries = dict(entries)
+        self._origin = dict(origin if origin is not None else entries)  # what each leaf was, also after its name is gone
+        self._staged: dict[Expression, str] = {}
 
     @classmethod
-    def of(cls, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], constants: Mapping[str, Tensor],
-           transient: frozenset[str] = frozenset()) -> Weights:
+    def of(
+        cls,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        transient: frozenset[str] = frozenset(),
+    ) -> Weights:
         """The table of a fresh capture. ``transient`` names the buffers that are not in the state dict."""
         entries: dict[str, Weight] = {}
         for kind, group in (("parameter", parameters), ("buffer", buffers), ("constant", constants)):
@@ -138,7 +147,9 @@ class Weights:
         return iter(self.entries)
 
     def copy(self) -> Weights:
-        return Weights(self.leaves, self.entries)
+        twin = Weights(self.leaves, self.entries, self._origin)
+        twin._staged = dict(self._staged)
+        return twin
 
     # -- identity ---------------------------------------------------------------------------------------------
 
@@ -182,20 +193,19 @@ class Weights:
 
         An expression that is already in the table (as a weight of the same dtype) is not entered twice.
         """
-        if isinstance(expression, Leaf) and expression.name in self.entries:
-            return expression.name
-        for weight in self.entries.values():
-            if weight.edited and weight.expression == expression:
-                return weight.name
-        sources = [self.entries[leaf] for leaf in leaves(expression) if leaf in self.entries]
+        known = expression.name if isinstance(expression, Leaf) else self._staged.get(expression, name)
+        if known in self.entries and self.entries[known].expression == expression:
+            return known
+        sources = [self._origin[leaf] for leaf in leaves(expression)]
         trains = any(source.requires_grad for source in sources) and meta.dtype.is_floating_point
-        kind: Kind = "parameter" if any(s.kind == "parameter" for s in sources) else "buffer"
+        kind: Kind = "parameter" if any(source.kind == "parameter" for source in sources) else "buffer"
         persistent = any(source.persistent for source in sources)
         unique, count = name, 0
         while unique in self.entries:
             count += 1
             unique = f"{name}_{count}"
         self.entries[unique] = Weight(unique, expression, meta, kind, persistent, trains)
+        self._staged[expression] = unique
         return unique
 
     def rename(self, old: str, new: str) -> None:

@@ -1,9 +1,9 @@
 """tautomer: the same PyTorch model in another, provably equal form.
 
-    import tautomer
-    fast = tautomer.optimize(model, args, kwargs)
-    print(fast.report)
-    tautomer.export_onnx(fast, "model.onnx", args, kwargs)
+import tautomer
+fast = tautomer.optimize(model, args, kwargs)
+print(fast.report)
+tautomer.export_onnx(fast, "model.onnx", args, kwargs)
 """
 
 from ._front import (

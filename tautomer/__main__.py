@@ -142,7 +142,7 @@ def bench(
         timing = tautomer.bench(
             loaded.model, loaded.args, loaded.kwargs, recipe=recipe, target=target, rounds=rounds, progress=tell
         )
-    text = f"{timing.before_ms:.3f} ms → {timing.after_ms:.3f} ms on {timing.target} ({timing.ratio:.3f} of the time, {rounds} rounds)"
+    text = f"{timing.before_ms:.3f} ms → {timing.after_ms:.3f} ms on {timing.target} ({timing.ratio:.3f} of it, {rounds} rounds)"
     _show(text, dataclasses.asdict(timing), as_json)
 
 

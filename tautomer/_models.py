@@ -107,7 +107,9 @@ def example_inputs(model: Any) -> dict[str, torch.Tensor]:
         "input_features": lambda: torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator),
     }
     if main not in makers:
-        raise UsageError(f"no example is known for the input '{main}' of {type(model).__name__}",
-                         hint="write a function that returns the model and its inputs, and name it as module:function")  # fmt: skip
+        raise UsageError(
+            f"no example is known for the input '{main}' of {type(model).__name__}",
+            hint="write a function that returns the model and its inputs, and name it as module:function",
+        )
     extra = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
     return {main: makers[main](), **extra}

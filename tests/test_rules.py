@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 
 import pytest
+
 import tautomer.passes
 from tautomer.rewrite.rules import Rule
 from tautomer.rewrite.trial import try_rule

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor, fx
+
 from tautomer.rewrite.claims import BITWISE
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.engine import erase_dead
@@ -18,7 +20,6 @@ from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import product, static
 from tautomer.rewrite.weights import Apply, Expression
-from torch import Tensor, fx
 
 LARGEST = 65536
 """Elements. A larger table costs more to keep and to load than to compute."""

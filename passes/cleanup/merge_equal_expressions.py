@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, ClassVar
 
+from torch import fx
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.ops import is_pure, normal
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
-from torch import fx
 
 
 class MergeEqualExpressions(Pass):

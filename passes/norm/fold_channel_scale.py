@@ -1,6 +1,6 @@
 """Fold a scale per channel into the convolution that it scales.
 
-    conv2d(x, W, b) * s = conv2d(x, s W, s b)        s one factor per output channel, or one for all
+conv2d(x, W, b) * s = conv2d(x, s W, s b)        s one factor per output channel, or one for all
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.rules import Match, Operand, Ops, OptionalWeight, Rule, Tensor, Weight, require, shape
 from tautomer.rewrite.shapes import same

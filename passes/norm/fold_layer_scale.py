@@ -1,6 +1,6 @@
 """Fold a LayerScale into the linear layer that it scales.
 
-    linear(x, W, b) * s = linear(x, diag(s) W, s b)        s one factor per output feature, or one for all
+linear(x, W, b) * s = linear(x, diag(s) W, s b)        s one factor per output feature, or one for all
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.rules import (
     Match,

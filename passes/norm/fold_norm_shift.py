@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import fx
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.program import place, target_name
 from tautomer.rewrite.rules import Match, Operand, Ops, OptionalWeight, Rule, Tensor, Weight, is_vector, require, width
-from torch import fx
 
 linear = torch.ops.aten.linear.default
 

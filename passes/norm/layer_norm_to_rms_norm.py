@@ -21,11 +21,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from tautomer.rewrite.axes import Value, call
+from tautomer.rewrite.axes import Value
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program
+from tautomer.rewrite.program import Program, arguments
 from tautomer.rewrite.relations import Centred, relate
 from tautomer.rewrite.streams import Plan, Streams, candidates
 from tautomer.rewrite.weights import Apply
@@ -100,7 +100,7 @@ def _after(node: fx.Node) -> fx.Node:
 
 def convert(editor: Editor, norm: fx.Node) -> None:
     """layer_norm(x, g, b) -> rms_norm(x, g) + b."""
-    bound = call(norm)
+    bound = arguments(norm)
     op = editor.before(norm)
     result = op.rms_norm(bound["input"], bound["normalized_shape"], bound["weight"], bound["eps"])
     if bound["bias"] is not None:

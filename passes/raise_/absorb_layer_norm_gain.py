@@ -1,6 +1,6 @@
 """Take the product that follows a LayerNorm without a gain into the norm.
 
-    layer_norm(x, eps) * g = layer_norm(x, g, eps)
+layer_norm(x, eps) * g = layer_norm(x, g, eps)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
 from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Tensor, Weight, dtype, is_vector, require, width

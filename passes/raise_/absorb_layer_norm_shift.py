@@ -1,6 +1,6 @@
 """Take the sum that follows a LayerNorm without a shift into the norm.
 
-    layer_norm(x, g, eps) + b = layer_norm(x, g, b, eps)
+layer_norm(x, g, eps) + b = layer_norm(x, g, b, eps)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
 from tautomer.rewrite.rules import (
@@ -33,18 +34,14 @@ class AbsorbLayerNormShift(Rule):
     claim = ALGEBRAIC("the kernel adds the shift before it rounds")
     phase: ClassVar[Phase] = "raise"
 
-    def before(
-        self, op: Ops, x: Tensor, shape: Operand, g: OptionalWeight, eps: Scalar, b: Weight
-    ) -> Operand:
+    def before(self, op: Ops, x: Tensor, shape: Operand, g: OptionalWeight, eps: Scalar, b: Weight) -> Operand:
         return op.add(op.layer_norm(x, shape, g, None, eps), b)
 
     def where(self, m: Match) -> None:
         require(len(m.shape) == 1 and is_vector(m.b, width(m.x)), "the summand is not a vector over the norm's axis")
         require(dtype(m.b) == dtype(m.x), "the summand has another dtype than the norm")
 
-    def after(
-        self, op: Ops, x: Tensor, shape: Operand, g: OptionalWeight, eps: Scalar, b: Weight
-    ) -> Operand:
+    def after(self, op: Ops, x: Tensor, shape: Operand, g: OptionalWeight, eps: Scalar, b: Weight) -> Operand:
         return op.layer_norm(x, shape, g, op.weight(b), eps)
 
     def samples(self) -> Iterator[dict[str, Any]]:

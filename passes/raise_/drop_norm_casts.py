@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
 from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Scalar, Tensor, dtype, require
@@ -22,18 +23,14 @@ class DropNormCasts(Rule):
     claim = ALGEBRAIC("the cast back to half precision is the kernel's own")
     phase: ClassVar[Phase] = "raise"
 
-    def before(
-        self, op: Ops, x: Tensor, shape: Operand, eps: Scalar, half: Operand
-    ) -> Operand:
+    def before(self, op: Ops, x: Tensor, shape: Operand, eps: Scalar, half: Operand) -> Operand:
         return op.cast(op.rms_norm(op.cast(x, torch.float32), shape, None, eps), half)
 
     def where(self, m: Match) -> None:
         require(m.half in (torch.float16, torch.bfloat16), f"{m.half} is no half-precision type")
         require(dtype(m.x) == m.half, f"the norm reads {dtype(m.x)} and returns {m.half}")
 
-    def after(
-        self, op: Ops, x: Tensor, shape: Operand, eps: Scalar, half: Operand
-    ) -> Operand:
+    def after(self, op: Ops, x: Tensor, shape: Operand, eps: Scalar, half: Operand) -> Operand:
         return op.rms_norm(x, shape, None, eps)
 
     def samples(self) -> Iterator[dict[str, Any]]:

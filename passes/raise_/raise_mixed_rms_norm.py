@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
 from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Scalar, Tensor, require

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
+from zoo.models import ZOO
+
 from tautomer.backends.archive import load, save
 from tautomer.backends.to_torch import to_torch
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
-from torch import nn
-from zoo.models import ZOO
 
 
 class Net(nn.Module):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.backends.expected import Expected, check, expected, kind_of
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
-from torch import nn
 
 X = Expected("x", "floating", "cpu", ("s0", 7))
 MASK = Expected("mask", "boolean", "cpu", ("s0",))

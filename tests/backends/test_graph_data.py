@@ -8,9 +8,10 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from tautomer.backends.graph_data import decode, decode_graph, decode_target, encode, encode_graph, encode_target
 from tautomer.rewrite.errors import UsageError
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -6,6 +6,7 @@ import gc
 import time
 
 import pytest
+
 from tautomer.backends.measure import measure, rounds_within
 
 

@@ -7,12 +7,13 @@ import dataclasses
 import onnx
 import pytest
 import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
 from tautomer.backends.onnx_names import fields, identifier, unique
 from tautomer.backends.to_onnx import to_onnx
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.capture import capture
-from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 
 @dataclasses.dataclass

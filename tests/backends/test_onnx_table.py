@@ -7,9 +7,10 @@ import onnxruntime
 import onnxscript.optimizer
 import pytest
 import torch
-from tautomer.backends.onnx_table import table
 from torch import nn
 from torch.nn import functional
+
+from tautomer.backends.onnx_table import table
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter, of torch's own
 

@@ -10,12 +10,13 @@ import traceback
 
 import pytest
 import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_torch import to_torch
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
-from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 
 class Model(nn.Module):

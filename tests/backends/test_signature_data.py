@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from tautomer.backends.signature_data import decode_signature, encode_signature
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.errors import UsageError

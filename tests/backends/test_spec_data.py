@@ -9,10 +9,11 @@ from difflib import Match
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
+
 from tautomer.backends.spec_data import class_name, decode_spec, encode_spec, find_class, plain, spec
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.errors import UsageError
-from transformers.modeling_outputs import BaseModelOutput
 
 STATES = BaseModelOutput(last_hidden_state=torch.zeros(1), hidden_states=(torch.zeros(1), torch.zeros(1)))
 MAXIMUM = torch.zeros(2, 2).max(0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.backends import targets
 from tautomer.backends.targets import NORM, TARGETS, Norms, commonest_norm, measured_norms, recorded_norms, resolve
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
-from torch import nn
 
 
 class Net(nn.Module):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from zoo.models import ZOO
+
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_torch import to_torch
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.weights import Apply, Leaf
-from torch import nn
-from zoo.models import ZOO
 
 aten = torch.ops.aten
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from tautomer.rewrite.axes import Axes, Value, blind, rank
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import Program
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 B, S, D = 2, 3, 8
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from tautomer.rewrite.build import arguments
+from torch import nn
+
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import path_of, source_of
-from torch import nn
 
 aten = torch.ops.aten
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite.canonical import canonicalize
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
-from torch import nn
 
 aten = torch.ops.aten
 

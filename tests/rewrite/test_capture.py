@@ -10,11 +10,12 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
 from tautomer.rewrite.capture import capture, capture_parts
 from tautomer.rewrite.errors import CaptureError, UsageError
 from tautomer.rewrite.interpret import interpret
-from torch import nn
-from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -433,6 +434,7 @@ def test_families(name):
     program = capture(model, (), kwargs)
     assert program.notes == []
     for batch, length in ((1, 7), (2, 7), (3, 5)):
+
         def resize(x, batch=batch, length=length):
             x = x[torch.arange(batch) % 2]
             return x[:, :length] if x.dim() == 2 else x

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.metadata import Derived
-from torch import nn
 
 aten = torch.ops.aten
 

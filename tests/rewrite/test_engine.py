@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, BITWISE, FORWARD
 from tautomer.rewrite.engine import apply_rules, erase_dead
@@ -11,7 +13,6 @@ from tautomer.rewrite.errors import InvalidGraph
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.rules import Rule, Weight, require
-from torch import nn
 
 aten = torch.ops.aten
 

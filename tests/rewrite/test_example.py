@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.example import agrees, call_of, resized, trials_of
-from torch import nn
 
 
 class Adds(nn.Module):

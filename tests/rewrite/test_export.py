@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.export import automatic_sizes, explain, given_sizes, user_line
-from torch import nn
 
 AUTO = torch.export.Dim.AUTO
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.functional import opaque
 from tautomer.rewrite.interpret import interpret
-from torch import nn
 
 
 class Runs(nn.Module):

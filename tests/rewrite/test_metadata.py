@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite._torch import no_new_guards
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import Refused
 from tautomer.rewrite.metadata import Metadata, difference
-from torch import nn
 
 aten = torch.ops.aten
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.metas import meta_of, refresh, same_meta
 from tautomer.rewrite.record import silence
-from torch import nn
 
 aten = torch.ops.aten
 

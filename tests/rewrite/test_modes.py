@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
-from torch import nn
 
 aten = torch.ops.aten
 

@@ -6,9 +6,10 @@ import operator
 
 import pytest
 import torch
+from torch import fx
+
 from tautomer.rewrite.errors import PatternError
 from tautomer.rewrite.ops import OPS, TABLE, TextOps, TorchOps, fill, is_pure, normal
-from torch import fx
 
 aten = torch.ops.aten
 

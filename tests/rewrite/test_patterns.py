@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx, nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.errors import PatternError
 from tautomer.rewrite.ops import OptionalWeight, Scalar, Tensor, Weight
 from tautomer.rewrite.patterns import compile_pattern, congruent
-from torch import fx, nn
 
 
 class Model(nn.Module):

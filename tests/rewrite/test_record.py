@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
-from tautomer.rewrite.record import Snapshot, clone_leaves, eager, record, silence, undisturbed
 from torch import nn
+
+from tautomer.rewrite.record import Snapshot, clone_leaves, eager, record, silence, undisturbed
 
 
 class Twice(nn.Module):

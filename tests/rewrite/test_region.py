@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, APPROXIMATE, ARCHITECTURE, BITWISE
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.errors import ClaimBroken
 from tautomer.rewrite.region import _error, _error_above, hold, region_between, signature
-from torch import nn
 
 aten = torch.ops.aten
 

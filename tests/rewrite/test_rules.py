@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.rules import OptionalWeight, Rule, Tensor, Weight, is_vector, nearest_miss, require, width
-from torch import nn
 
 
 class FoldNormScale(Rule):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tautomer.rewrite import _torch
 from torch import nn
+
+from tautomer.rewrite import _torch
 
 
 class Doubles(nn.Module):

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tautomer
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tautomer
 from tautomer import _front
 from tautomer.passes.norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
 from tautomer.rewrite.claims import BITWISE, Claim
 from tautomer.rewrite.errors import CaptureError, ClaimBroken, TautomerError, UsageError
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 D = 16
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import onnx
 import pytest
-import tautomer
 import torch
 from torch import Tensor, nn
 from zoo.models import ZOO
+
+import tautomer
 
 aten = torch.ops.aten
 
@@ -78,7 +79,7 @@ def test_the_table_covers_the_zoo() -> None:
 
 @pytest.mark.parametrize("name", names(all_of_them=True))
 def test_what_can_be_converted_is(name: str, optimized: dict[str, Any]) -> None:
-    model, inputs, fast = prepare(optimized, name)
+    _, _, fast = prepare(optimized, name)
     converted, present, centrings, reasons = EXPECTED[name]
     report = fast.report
     assert report.before.ops.get("aten.layer_norm", 0) == present

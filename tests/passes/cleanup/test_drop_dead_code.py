@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tautomer.passes.cleanup.drop_dead_code import DropDeadCode
 from tautomer.rewrite.emit import GraphOps
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
 from tautomer.passes.norm.fold_layer_scale import FoldLayerScale
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.pass_base import Context
-from torch import nn
 
 
 class Tied(nn.Module):

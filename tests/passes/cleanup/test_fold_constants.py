@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tautomer.passes.cleanup.fold_constants import FoldConstants
 
 aten = torch.ops.aten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tautomer.passes.cleanup.merge_equal_expressions import MergeEqualExpressions
 from tautomer.rewrite.pass_base import Context
 

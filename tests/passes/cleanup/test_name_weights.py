@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
 from tautomer.rewrite.emit import GraphOps

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.passes.norm.fold_channel_scale import FoldChannelScale
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.verification import check_program
-from torch import nn
 
 aten = torch.ops.aten
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.passes.norm.fold_norm_shift import FoldNormShift
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.verification import check_program
-from torch import nn
 
 aten = torch.ops.aten
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from tautomer.passes.norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
@@ -17,8 +20,6 @@ from tautomer.rewrite.program import Program
 from tautomer.rewrite.relations import Centred
 from tautomer.rewrite.streams import Streams
 from tautomer.rewrite.verification import check_program
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 aten = torch.ops.aten
 D = 16
@@ -258,7 +259,10 @@ def test_post_norm_with_a_gain_is_refused_by_its_price() -> None:
     class Post(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.write, self.norms = nn.ModuleList(nn.Linear(D, D) for _ in range(3)), nn.ModuleList(random_norm() for _ in range(3))
+            self.write, self.norms = (
+                nn.ModuleList(nn.Linear(D, D) for _ in range(3)),
+                nn.ModuleList(random_norm() for _ in range(3)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             for write, norm in zip(self.write, self.norms, strict=True):

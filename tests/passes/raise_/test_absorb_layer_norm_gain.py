@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.passes.raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
-from torch import nn
 
 aten = torch.ops.aten
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.passes.raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
 from tautomer.passes.raise_.drop_norm_casts import DropNormCasts
 from tautomer.passes.raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
@@ -12,7 +14,6 @@ from tautomer.rewrite.capture import capture
 from tautomer.rewrite.engine import apply_rules
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
-from torch import nn
 
 aten = torch.ops.aten
 D, EPS = 6, 1e-6

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from tautomer.passes.raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
 from tautomer.passes.raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
 from tautomer.passes.raise_.raise_layer_norm import RaiseLayerNorm
@@ -12,7 +14,6 @@ from tautomer.rewrite.engine import apply_rules
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.rules import nearest_miss
-from torch import nn
 
 aten = torch.ops.aten
 D, EPS = 6, 1e-5

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from tautomer.passes.raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
-from torch import nn
 
 aten = torch.ops.aten
 

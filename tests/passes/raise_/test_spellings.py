@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tautomer.passes.raise_.spellings import inverse_root, mean_square, root
 from tautomer.rewrite.ops import TorchOps
 
