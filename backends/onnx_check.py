@@ -1,0 +1,106 @@
+"""Run an ONNX file on ONNX Runtime and hold it to PyTorch.
+
+    max|ort(x) - program(x)| <= tolerance * max|program(x)|
+
+at the example and, where sizes are free, at batch 1 and an odd length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from tautomer.rewrite._torch import pytree
+from tautomer.rewrite.errors import ExportError
+from tautomer.rewrite.evidence import relative_error
+from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.samples import samples
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest relative error of an output, by the coarsest floating dtype of the program."""
+
+Reference = Callable[..., Any]
+
+
+def compare(
+    program: Program, file: Path, provider: str, dynamic: bool, reference: Reference | None, names: Sequence[str]
+) -> tuple[float, tuple[str, ...]]:
+    """The worst relative error of the file's outputs, and the sizes it was measured at."""
+    session = open_session(file, provider)
+    inputs = [program.example, *(sample.inputs for sample in list(samples(program))[1:] if dynamic)]
+    bound = tolerance(program)
+    worst, shown = 0.0, []
+    for flat in inputs:
+        expected = _expected(program, flat, reference)
+        feed = {x.name: y.detach().cpu().numpy() for x, y in zip(session.get_inputs(), _tensors(flat), strict=True)}
+        try:
+            found = [torch.from_numpy(x) for x in session.run(None, feed)]
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot run {program.name} at {_sizes(session, flat)}: {error}") from error
+        errors = {name: relative_error(a, b.cpu()) for name, a, b in zip(names, found, expected, strict=True)}
+        name = max(errors, key=lambda n: errors[n], default="")
+        if errors and errors[name] > bound:
+            raise ExportError(
+                f"ONNX Runtime and PyTorch disagree on '{name}': relative error {errors[name]:.1e}, allowed {bound:.0e}, "
+                f"at {_sizes(session, flat)}"
+            )
+        worst = max([worst, *errors.values()])
+        shown.append(_sizes(session, flat))
+    return worst, tuple(shown)
+
+
+def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
+    """An ONNX Runtime session on ``file``.
+
+    Raises:
+        ExportError: the file does not load, or not with this provider.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load the file: {error}") from error
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise ExportError(f"ONNX Runtime did not load its {PROVIDERS[provider]}", hint="check its CUDA and cuDNN versions")
+    return session
+
+
+def tolerance(program: Program) -> float:
+    """How far the file may be from PyTorch, by the coarsest floating dtype of weights, inputs and outputs."""
+    nodes = [*program.placeholders, *program.graph.find_nodes(op="get_attr"), *program.output.all_input_nodes]
+    dtypes = {node.meta["val"].dtype for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+@torch.no_grad()
+def _expected(program: Program, flat: Sequence[Any], reference: Reference | None) -> list[Tensor]:
+    if reference is None:
+        outputs: Sequence[Any] = interpret(program, flat)
+    else:
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in flat]
+        args, kwargs = pytree.tree_unflatten(copies, program.signature.in_spec)
+        outputs = program.signature.flatten(reference(*args, **kwargs))
+    return [outputs[i] for i in tensor_outputs(program)]
+
+
+def _tensors(flat: Sequence[Any]) -> list[Tensor]:
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _sizes(session: Any, flat: Sequence[Any]) -> str:
+    return ", ".join(f"{x.name}{list(y.shape)}" for x, y in zip(session.get_inputs(), _tensors(flat), strict=True))
+
+
+def tensor_outputs(program: Program) -> list[int]:
+    """Which of the program's flat outputs are tensors."""
+    return [i for i, x in enumerate(program.output.args[0]) if isinstance(getattr(x, "meta", {}).get("val"), Tensor)]  # type: ignore[arg-type]
