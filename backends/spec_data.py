@@ -79,16 +79,20 @@ def find_class(name: str) -> type:
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"the saved module takes or returns {name}, which cannot be imported here: {error}",
-                         hint=f"install the package that has {module}, or add its folder to PYTHONPATH") from error
+        raise UsageError(
+            f"the saved module takes or returns {name}, which cannot be imported here: {error}",
+            hint=f"install the package that has {module}, or add its folder to PYTHONPATH",
+        ) from error
     if found is namedtuple:
         return namedtuple  # type: ignore[no-any-return]
     if not isinstance(found, type):
         raise UsageError(f"the saved module takes or returns {name}, which is no class here")
     if found not in pytree.SUPPORTED_NODES and not pytree.is_namedtuple_class(found):
         if not dataclasses.is_dataclass(found):
-            raise UsageError(f"the saved module takes or returns {name}, which is no registered pytree here",
-                             hint="register it before loading, as when the model was captured")
+            raise UsageError(
+                f"the saved module takes or returns {name}, which is no registered pytree here",
+                hint="register it before loading, as when the model was captured",
+            )
         torch.export.register_dataclass(found)
     cls: type = found
     return cls

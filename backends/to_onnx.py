@@ -1,6 +1,6 @@
 """Write a program as an ONNX file, run the file on ONNX Runtime, compare, and only then put it where it was asked for.
 
-    program  ->  emitted module  ->  torch.export  ->  torch.onnx with our lowering table  ->  checked file
+program  ->  emitted module  ->  torch.export  ->  torch.onnx with our lowering table  ->  checked file
 """
 
 from __future__ import annotations

@@ -72,8 +72,10 @@ def furnish(
             else:
                 owner.register_buffer(last, stored.value, persistent=stored.persistent)
         except KeyError:
-            raise UsageError(f"the model has a weight named '{name}', a name that the emitted module needs itself",
-                             hint="rename it, or wrap the model in another module") from None
+            raise UsageError(
+                f"the model has a weight named '{name}', a name that the emitted module needs itself",
+                hint="rename it, or wrap the model in another module",
+            ) from None
     for name, region in regions.items():
         owner, last = _owner(module, name)
         owner.add_module(last, body(region))

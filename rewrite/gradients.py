@@ -292,7 +292,8 @@ def _run(
     for node in _inputs(block):
         value = inputs[_origin(node)]
         run.values[node] = related(node, value) if relate and isinstance(value, Tensor) else value
-    for node in block.nodes:
+    statistics = {x for node in block.nodes for x in node.all_input_nodes if x.op == "get_attr" and x in run.written}
+    for node in (*statistics, *block.nodes):
         run.values[node] = run.step(node)
     return run.values
 

@@ -64,7 +64,7 @@ class Interpretation:
         for node in self.program.graph.nodes:
             if node.op == "output":
                 return tuple(fx.node.map_arg(node.args[0], self.operand))
-            if node.op == "get_attr":
+            if node.op == "get_attr" and node not in self.written:
                 continue  # weights are made when they are read: all of them at once would be a second model
             value = self.input(node, next(feed)) if node.op == "placeholder" else self.step(node)
             self.values[node] = value
@@ -85,6 +85,8 @@ class Interpretation:
         return self.program.weights.value(name, self.dtype if self.program.weights[name].edited else None)
 
     def step(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self.attribute(node)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         given = fx.node.map_arg(node.args, self.operand)
@@ -99,12 +101,7 @@ class Interpretation:
 
     def operand(self, node: fx.Node) -> Any:
         """The value of a node that is read. A weight is made anew for each reader, unless the graph writes it."""
-        if node.op != "get_attr" or node in self.values:
-            return self.values[node]
-        value = self.attribute(node)
-        if node in self.written:
-            self.values[node] = value
-        return value
+        return self.values[node] if node in self.values else self.attribute(node)
 
     def attribute(self, node: fx.Node) -> Any:
         name = str(node.target)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
-from tautomer.rewrite.program import path_of, source_of
+from tautomer.rewrite.program import arguments, path_of, source_of
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def test_arguments_stand_by_position_and_defaults_are_left_out():
     first, second = program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
     assert first.args[1:] == ([4], *first.args[2:4]) and not first.kwargs
     assert second.args == (second.args[0], [4]) and not second.kwargs
-    assert dict(arguments(second))["eps"] == 1e-5 and dict(arguments(second))["weight"] is None
+    assert arguments(second)["eps"] == 1e-5 and arguments(second)["weight"] is None
 
 
 def test_an_autocast_region_stays_one_node():
