@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import arguments, path_of, source_of
