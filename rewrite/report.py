@@ -18,7 +18,7 @@ from .target import Gain
 
 @dataclass(frozen=True)
 class Size:
-    """How big a program is: entries of the weights it reads, bytes of those, calls by op."""
+    """How big a program is: entries of the parameters it reads, bytes of all weights it reads, calls by op."""
 
     parameters: int
     bytes: int
@@ -27,11 +27,11 @@ class Size:
     @classmethod
     def of(cls, program: Program) -> Size:
         read = {str(node.target) for node in program.graph.find_nodes(op="get_attr") if node.target in program.weights}
-        storages = {program.weights.storage(name): program.weights[name].meta for name in sorted(read)}
+        storages = {program.weights.storage(name): program.weights[name] for name in sorted(read)}
         ops = Counter(target_name(node) for node in program.graph.nodes if node.op == "call_function")
         return cls(
-            sum(meta.numel() for meta in storages.values()),
-            sum(meta.numel() * meta.element_size() for meta in storages.values()),
+            sum(weight.meta.numel() for weight in storages.values() if weight.kind == "parameter"),
+            sum(weight.meta.numel() * weight.meta.element_size() for weight in storages.values()),
             dict(ops.most_common()),
         )
 

@@ -35,12 +35,17 @@ def samples(program: Program, *, seed: int = 0) -> Iterator[Sample]:
     """
     symbols = _symbols(program)
     generator = torch.Generator().manual_seed(seed)
-    small = {symbol: min(hint, _BATCH if batch else _LENGTH) for symbol, (hint, batch) in symbols.items()}
+    small = {symbol: _BATCH if batch else min(hint, _LENGTH) for symbol, (hint, batch) in symbols.items()}
     yield _sized(program, small, None)
     if symbols:
         # Equal sizes of the example may be different symbols (ids and their mask): equal hints get equal sizes.
-        odd = {symbol: 1 if batch else min(hint, _ODD) if hint != _ODD else _ODD - 2 for symbol, (hint, batch) in symbols.items()}
+        odd = {symbol: 1 if batch else _another(hint) for symbol, (hint, batch) in symbols.items()}
         yield _sized(program, odd, generator)
+
+
+def _another(length: int) -> int:
+    """A length other than ``length``, odd where there is room."""
+    return _ODD if length > _ODD else length - 2 if length > 4 else length + 1
 
 
 def _symbols(program: Program) -> dict[Any, tuple[int, bool]]:
