@@ -24,9 +24,13 @@ from .raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
 from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
 from .raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
 from .raise_.drop_norm_casts import DropNormCasts
+from .raise_.raise_gelu import RaiseGelu
 from .raise_.raise_layer_norm import RaiseLayerNorm
 from .raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
 from .raise_.raise_rms_norm import RaiseRmsNorm
+from .raise_.raise_rounded_gelu import RaiseRoundedGelu
+from .raise_.raise_silu import RaiseSilu
+from .raise_.raise_tanh_gelu import RaiseTanhGelu
 
 
 class Recipe(Protocol):
@@ -45,10 +49,16 @@ RAISE: tuple[type[Pass], ...] = (
     RaiseMixedRmsNorm,
     AbsorbRmsNormGain,
     DropNormCasts,
+    RaiseGelu,
+    RaiseTanhGelu,
+    RaiseSilu,
 )
 NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
-PASSES: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
+EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
+ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu,)
+"""In no recipe: a user asks for these by name."""
+PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
 
@@ -59,7 +69,7 @@ class Inference:
     name: ClassVar[str] = "inference"
 
     def passes(self) -> tuple[Pass, ...]:
-        return tuple(kind() for kind in PASSES)
+        return tuple(kind() for kind in EXACT)
 
 
 RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference,)}

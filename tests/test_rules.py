@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +14,15 @@ from tautomer.rewrite.trial import try_rule
 
 for module in pkgutil.walk_packages(tautomer.passes.__path__, "tautomer.passes."):
     importlib.import_module(module.name)
-RULES = sorted((rule for rule in Rule.__subclasses__() if rule.__module__.startswith("tautomer.passes.")), key=lambda r: r.name)
+
+
+def kinds(base: type[Rule]) -> Iterator[type[Rule]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from kinds(kind)
+
+
+RULES = sorted({rule for rule in kinds(Rule) if rule.__module__.startswith("tautomer.passes.")}, key=lambda r: r.name)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)

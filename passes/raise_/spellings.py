@@ -1,8 +1,9 @@
-"""Ways to write one value by hand, shared by the rules that raise norms."""
+"""Ways to write one value by hand, shared by the rules that raise."""
 
 from __future__ import annotations
 
-from tautomer.rewrite.rules import Operand, Ops
+from tautomer.rewrite.evidence import FORWARD
+from tautomer.rewrite.rules import Operand, Ops, require
 
 
 def mean_square(op: Ops, x: Operand) -> Operand:
@@ -18,3 +19,20 @@ def root(op: Ops, x: Operand) -> Operand:
 def inverse_root(op: Ops, x: Operand) -> Operand:
     """1 / sqrt(x)."""
     return op.any_of(op.rsqrt(x), op.pow(x, -0.5), op.reciprocal(root(op, x)))
+
+
+def half_gated(op: Ops, x: Operand, y: Operand) -> Operand:
+    """x/2 (1 + y)."""
+
+    def halves(z: Operand) -> tuple[Operand, Operand]:
+        return op.mul(z, 0.5), op.div(z, 2)
+
+    gate, half = op.add(y, 1), op.any_of(*halves(x))
+    expanded = op.add(half, op.mul(half, y)), *halves(op.add(x, op.mul(x, y)))
+    return op.any_of(op.mul(half, gate), op.mul(x, op.any_of(*halves(gate))), *halves(op.mul(x, gate)), *expanded)
+
+
+def require_constant(literal: float | None, constant: float, name: str, tolerance: float = FORWARD) -> None:
+    """Refuse a literal that is not ``constant``, to a relative ``tolerance``; none is no wrong one."""
+    difference = 0.0 if literal is None else abs(literal / constant - 1)
+    require(difference <= tolerance, f"the literal {literal!r} is not {name} but {difference:.1e} (relative) away from it")
