@@ -46,19 +46,29 @@ class Editor:
         return GraphOps(self.program, anchor, origin=origin, editor=self)
 
     def constant(self, node: fx.Node) -> bool:
-        """Whether ``node`` reads weights alone, none of which the graph writes. O(1) after the first question."""
-        if not self._constant:
-            for known in self.program.graph.nodes:
-                self._constant[known] = self._is_constant(known)
-        if node not in self._constant:
-            self._constant[node] = self._is_constant(node)
-        return self._constant[node]
+        """Whether ``node`` reads weights alone, none of which the graph writes. Each node is looked at once."""
+        path = [node]  # no recursion: a runtime value may be thousands of calls deep
+        while (answer := self._constant.get(node)) is None:
+            at = path[-1]
+            decided = self._decide(at)
+            if isinstance(decided, fx.Node):
+                path.append(decided)
+            else:
+                self._constant[at] = decided
+                path.pop()
+        return answer
 
-    def _is_constant(self, node: fx.Node) -> bool:
+    def _decide(self, node: fx.Node) -> bool | fx.Node:
+        """The answer for ``node``, or the operand to ask first."""
         if node.op == "get_attr":
             return node.target in self.program.weights and not node.meta.get("tautomer_mutated")
         operands = node.all_input_nodes
-        return node.op == "call_function" and bool(operands) and is_pure(node.target) and all(map(self.constant, operands))
+        if node.op != "call_function" or not operands or not is_pure(node.target):
+            return False
+        known = list(map(self._constant.get, operands))
+        if False in known:
+            return False
+        return operands[known.index(None)] if None in known else True
 
     def expression(self, node: Any) -> Expression | None:
         """``node`` as an expression over leaves, remembered; None if it is computed at run time."""
@@ -104,8 +114,8 @@ class GraphOps(Ops):
         Raises:
             Refused: the op does not accept these operands.
         """
-        fake = self.editor.metadata.call(op.target, value_of(args), {k: value_of(v) for k, v in kwargs.items()} if kwargs else {})
-        operands = list(_operands(args)) + (list(_operands(tuple(kwargs.values()))) if kwargs else [])
+        fake = self.editor.metadata.call(op.target, args, kwargs)
+        operands = [*_operands(args), *_operands(kwargs.values())] if kwargs else list(_operands(args))
         if operands and isinstance(fake, Tensor) and all(map(self.constant, operands)):
             substitute = lambda x: self.expression(x) if isinstance(x, (fx.Node, Derived)) else x  # noqa: E731
             keywords = tuple((k, _plain(v, substitute)) for k, v in kwargs.items())

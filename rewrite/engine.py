@@ -67,19 +67,57 @@ def _without_gc() -> Iterator[None]:
 @dataclass(frozen=True)
 class _Candidate:
     rule: Equation
-    pattern: Pattern
     entry: Entry
+    names: tuple[str, ...]
+
+
+class _Index:
+    """Which patterns may fit at a node, by its target and those of its operands."""
+
+    def __init__(self, rules: Sequence[Equation]) -> None:
+        patterns = {rule: compiled(rule) for rule in sorted(rules, key=lambda rule: -compiled(rule).size)}
+        self.candidates: dict[int, list[_Candidate]] = {}
+        for rule, pattern in patterns.items():
+            names = tuple(variable.name for variable in pattern.variables)
+            for entry in pattern.entries:
+                self.candidates.setdefault(id(entry.target), []).append(_Candidate(rule, entry, names))
+        required = (targets for group in self.candidates.values() for c in group for targets in c.entry.required)
+        self.required = frozenset[int]().union(*required)
+        self.named = frozenset[int]().union(*(pattern.named for pattern in patterns.values()))
+        self.reads = frozenset[tuple[int, int]]().union(*(pattern.reads for pattern in patterns.values()))
+        self.depth = max((pattern.depth for pattern in patterns.values()), default=0)
+        self.memo: dict[tuple[int, frozenset[int]], tuple[_Candidate, ...]] = {}
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return id(node.target) in self.candidates
+
+    def at(self, node: fx.Node) -> tuple[_Candidate, ...]:
+        """The candidates at ``node`` whose required operands are there, in order."""
+        target = id(node.target)
+        operands = self.required.intersection([id(operand.target) for operand in node.all_input_nodes])
+        known = self.memo.get((target, operands))
+        if known is None:
+            fits = [c for c in self.candidates[target] if not any(map(operands.isdisjoint, c.entry.required))]
+            known = self.memo[target, operands] = tuple(fits)
+        return known
+
+    def above(self, roots: Sequence[fx.Node]) -> list[fx.Node]:
+        """The readers of ``roots``, and what may have one of them inside its pattern."""
+        level = {user: None for root in roots for user in root.users if id(user.target) in self.named}
+        found = list(level)
+        for _ in range(self.depth - 1):
+            level = {user: None for node in level for user in node.users if (id(user.target), id(node.target)) in self.reads}
+            if not level:
+                break
+            found += level
+        return found
 
 
 class _Engine:
     def __init__(self, rules: Sequence[Equation], program: Program, context: Context) -> None:
         self.program, self.context = program, context
         self.editor = Editor(program)
-        self.index: dict[int, list[_Candidate]] = {}
-        for rule in sorted(rules, key=lambda rule: -compiled(rule).size):
-            for entry in compiled(rule).entries:
-                self.index.setdefault(id(entry.target), []).append(_Candidate(rule, compiled(rule), entry))
-        self.reach = {key: max(candidate.pattern.depth for candidate in group) for key, group in self.index.items()}
+        self.index = _Index(rules)
         self.queue: deque[fx.Node] = deque()
         self.queued: set[fx.Node] = set()
         self.refusals: dict[tuple[Equation, fx.Node], str] = {}
@@ -113,19 +151,14 @@ class _Engine:
 
     def push(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
-            if id(node.target) in self.index and node not in self.queued:
+            if node in self.index and node not in self.queued:
                 self.queued.add(node)
                 self.queue.appendleft(node)
 
     def visit(self, node: fx.Node) -> None:
-        operands = {id(operand.target) for operand in node.all_input_nodes}
-        for candidate in self.index[id(node.target)]:
-            for needed in candidate.entry.required:
-                if needed.isdisjoint(operands):
-                    break
-            else:
-                if self.attempt(candidate, node):
-                    return
+        for candidate in self.index.at(node):
+            if self.attempt(candidate, node):
+                return
 
     def attempt(self, candidate: _Candidate, node: fx.Node) -> bool:
         """Apply the first way the pattern fits that nothing speaks against; remember what spoke against the first."""
@@ -151,8 +184,7 @@ class _Engine:
 
     def apply(self, candidate: _Candidate, found: Found) -> None:
         rule = candidate.rule
-        values = {v.name: value for v, value in zip(candidate.pattern.variables, found.values, strict=True)}
-        match = Match(values, found.roots, found.nodes, self.program)
+        match = Match(dict(zip(candidate.names, found.values, strict=True)), found.roots, found.nodes, self.program)
         require(not any(node.meta.get("tautomer_mutated") for node in found.nodes), "a value in the pattern is written in place")
         rule.where(match)
         require_sole_readers(rule, match)
@@ -176,7 +208,7 @@ class _Engine:
         if len(self.fired) > self.limit:
             cycle = " and ".join(name for name, _ in Counter(self.fired[-100:]).most_common(3))
             raise InvalidGraph(f"rewriting does not end: {cycle} keep firing", where=place(roots[0]))
-        self.push(self.affected(op, roots))
+        self.push([*op.created, *roots, *self.index.above(roots)])
 
     def anchor(self, match: Match, frontier: set[fx.Node]) -> fx.Node:
         """Where the new nodes stand: after everything they may read, before everything that reads them."""
@@ -218,7 +250,7 @@ class _Engine:
 
     def refuse_second_copies(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> None:
         """A matrix is not stored twice for one of its readers' sake."""
-        large = [self.program.weights[name] for name in op.staged if self.program.weights[name].meta.ndim >= 2]
+        large = [weight for name in op.staged if (weight := self.program.weights[name]).meta.ndim >= 2]
         if not large:
             return
         dying = _dying(roots)
@@ -235,10 +267,10 @@ class _Engine:
               roots: tuple[fx.Node, ...]) -> float | None:  # fmt: skip
         if not self.context.check:
             return None
-        old = region_between(found.roots, frontier, {other: node for other, node in found.twins if other is not node})
-        new = Region(tuple(op.created), roots, {})
-        question = (rule, signature(old, op.created, self.editor))
+        twins = {other: node for other, node in found.twins if other is not node}
+        question = (rule, signature(found.roots, frontier, twins, op.created, self.editor))
         if question not in self.checked:
+            old, new = region_between(found.roots, frontier, twins), Region(tuple(op.created), roots, {})
             try:
                 self.checked[question] = hold(rule.claim, old, new, self.editor)
             except ClaimBroken as broken:
@@ -260,14 +292,6 @@ class _Engine:
         for node, value in overlay.items():
             node.meta["val"] = value
         erase_dead(self.program.graph, old)
-
-    def affected(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> list[fx.Node]:
-        """The new nodes, and what stands near enough above the new roots to have them inside its pattern."""
-        found, level = [*op.created, *roots], dict.fromkeys(roots)
-        for height in range(1, max(self.reach.values(), default=0)):
-            level = {user: None for node in level for user in node.users}
-            found += [node for node in level if self.reach.get(id(node.target), 0) > height]
-        return found
 
 
 class _Readers:

@@ -97,7 +97,7 @@ def require_sole_readers(rule: Equation, m: Match) -> None:
     if rule.interior == "shared" or len(m.nodes) == len(m.roots):
         return
     for node in m.nodes:
-        if node not in m.roots and (reader := m.other_reader(node)) is not None:
+        if len(node.users) > 1 and node not in m.roots and (reader := m.other_reader(node)) is not None:
             what, who = f"{target_name(node)} '{node.name}'", f"{target_name(reader)} '{reader.name}'"
             raise Refused(f"{what} is also read by {who}, so it would be computed twice")
 

@@ -43,31 +43,38 @@ class Metadata:
     def __init__(self, mode: FakeTensorMode | None) -> None:
         self.mode = mode
         self.memo: dict[Hashable, Any] = {}
-        # The tensor is kept beside its key, so that its id stays its own.
-        self.keys: dict[int, tuple[Tensor, Hashable]] = {}
+        # A key is a number: hashing and comparing symbols is slow. The tensor is kept beside it, so that its id stays its own.
+        self.keys: dict[int, tuple[Tensor, int]] = {}
+        self.numbers: dict[Hashable, int] = {}
 
     def call(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The fake result of ``target`` on fake operands.
+        """The fake result of ``target`` on operands: nodes, derived weights, fake tensors, literals.
 
         Raises:
             Refused: the op does not accept these operands.
         """
-        question = (id(target), self.key(fill(target, args, kwargs)))
-        if question not in self.memo:
-            self.memo[question] = self._run(target, args, kwargs)
-        return self.memo[question]
+        spelled = (id(target), self.key(args), self.key(tuple(kwargs.items())) if kwargs else None)
+        if spelled not in self.memo:
+            question = (id(target), self.key(fill(target, args, kwargs)))
+            if question not in self.memo:
+                values = {name: value_of(x) for name, x in kwargs.items()}
+                self.memo[question] = self._run(target, value_of(args), values)
+            self.memo[spelled] = self.memo[question]
+        return self.memo[spelled]
 
     def learn(self, node: fx.Node) -> None:
         """Remember what the capture knows about a call."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-        self.memo[id(node.target), self.key(fill(node.target, args, kwargs))] = node.meta.get("val")
+        self.memo[id(node.target), self.key(fill(node.target, node.args, node.kwargs))] = node.meta.get("val")
 
     def key(self, x: Any) -> Hashable:
         """Everything an op can see of an operand."""
+        if isinstance(x, (fx.Node, Derived)):
+            x = value_of(x)
         if isinstance(x, Tensor):
             known = self.keys.get(id(x))
             if known is None:
-                known = self.keys[id(x)] = (x, tensor_key(x.detach()) if x.requires_grad else tensor_key(x))
+                seen = tensor_key(x.detach()) if x.requires_grad else tensor_key(x)
+                known = self.keys[id(x)] = (x, self.numbers.setdefault(seen, len(self.numbers)))
             return known[1]
         if isinstance(x, (list, tuple)):
             return tuple(map(self.key, x))

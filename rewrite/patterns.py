@@ -156,6 +156,8 @@ class Pattern:
         entries: one per alternative of the first root.
         size: how many ops it names; larger patterns go first.
         depth: how far below a root its deepest op is.
+        named: the targets of its ops, by id.
+        reads: the pairs of targets, by id, of which the first reads the second somewhere in it.
     """
 
     variables: tuple[Variable, ...]
@@ -163,6 +165,8 @@ class Pattern:
     entries: tuple[Entry, ...]
     size: int
     depth: int
+    named: frozenset[int]
+    reads: frozenset[tuple[int, int]]
 
 
 def compile_pattern(before: Callable[..., Any], explain: bool = False) -> Pattern:
@@ -182,7 +186,10 @@ def compile_pattern(before: Callable[..., Any], explain: bool = False) -> Patter
     entries = tuple(
         Entry(first.op.target, _required(first), _Writer(variables, (first, *roots[1:]), explain).function()) for first in firsts
     )
-    return Pattern(variables, roots, entries, sum(map(_size, roots)), max(map(_depth, roots)))
+    calls = [call for root in roots for call in _calls(root)]
+    named = frozenset(id(call.op.target) for call in calls)
+    reads = frozenset((id(call.op.target), id(operand.op.target)) for call in calls for operand in _operands(call.args))
+    return Pattern(variables, roots, entries, sum(map(_size, roots)), max(map(_depth, roots)), named, reads)
 
 
 def _children(pattern: Any) -> Sequence[Any]:
@@ -207,6 +214,22 @@ def _size(pattern: Any) -> int:
 
 def _depth(pattern: Any) -> int:
     return max(map(_depth, _children(pattern)), default=0) + isinstance(pattern, Call)
+
+
+def _calls(pattern: Any) -> Iterator[Call]:
+    if isinstance(pattern, Call):
+        yield pattern
+    for child in _children(pattern):
+        yield from _calls(child)
+
+
+def _operands(args: Sequence[Any]) -> Iterator[Call]:
+    """The calls among the arguments of a call, whatever their spelling."""
+    for arg in args:
+        if isinstance(arg, Call):
+            yield arg
+        else:
+            yield from _operands(_children(arg))
 
 
 def _required(root: Call) -> tuple[frozenset[int], ...]:
@@ -420,10 +443,3 @@ class _Writer:
 
     def write(self, indent: int, text: str) -> None:
         self.lines.append(" " * indent + text)
-
-
-def _calls(pattern: Any) -> Iterator[Any]:
-    if isinstance(pattern, Call):
-        yield pattern
-    for child in _children(pattern):
-        yield from _calls(child)

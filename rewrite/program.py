@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import networkx
@@ -155,7 +156,12 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 def source_of(node: fx.Node) -> str | None:
     """The user's source line of a node as ``file:line: code``, if the capture recorded one."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return _source(node.meta.get("stack_trace") or "")
+
+
+@lru_cache(maxsize=4096)
+def _source(stack_trace: str) -> str | None:
+    frames = _FRAME.findall(stack_trace)
     if not frames:
         return None
     # A line of torch.nn is not the user's, unless there is no other.

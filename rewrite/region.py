@@ -66,41 +66,51 @@ def region_between(roots: tuple[fx.Node, ...], frontier: set[fx.Node], twins: Ma
 # -- one region, one question ---------------------------------------------------------------------------------
 
 
-def signature(old: Region, created: Sequence[fx.Node], editor: Editor) -> Hashable:
+def signature(roots: tuple[fx.Node, ...], frontier: set[fx.Node], twins: Mapping[fx.Node, fx.Node],
+              created: Sequence[fx.Node], editor: Editor) -> Hashable:  # fmt: skip
     """What the check depends on but the values of the weights: equal for the same rewrite in another layer.
 
     The right side of a rule is a function of what the left side bound, so the left side and the ops of the right do.
+    The left side is read from its roots down, as text: a call by its target and its arguments, a node seen before by
+    its number.
     """
     number: dict[Any, int] = {}
-    described: list[Hashable] = []
+    text: list[Hashable] = []
 
     def index(x: Any) -> int:
-        known = number.get(x)
-        if known is None:
-            known = number[x] = len(number)
-        return known
+        return number.setdefault(x, len(number))
 
-    def plain(x: Any) -> Hashable:
-        if isinstance(x, fx.Node):
-            x = old.twins.get(x, x)
-            if x not in number:
-                described.append(_describe(x, editor, index))
-            return ("node", index(x))
-        return tuple(map(plain, x)) if isinstance(x, (list, tuple)) else x
+    def read(x: Any) -> None:
+        if x.__class__ is not fx.Node:
+            if isinstance(x, (list, tuple)):
+                text.append(("list", len(x)))
+                for y in x:
+                    read(y)
+            else:
+                text.append((x.__class__, x))  # 1, 1.0 and True are three literals
+            return
+        x = twins.get(x, x)
+        if x in number:
+            text.append(number[x])
+            return
+        index(x)
+        if x.op != "call_function" or x in frontier:
+            text.append(_describe(x, editor, index))
+            return
+        text.append((id(x.target), len(x.args), *x.kwargs))
+        for y in x.args:
+            read(y)
+        for y in x.kwargs.values():
+            read(y)
 
-    calls: list[Hashable] = []
-    for node in old.nodes:
-        calls.append((id(node.target), *map(plain, node.args)))
-        if node.kwargs:
-            calls.append(tuple((k, plain(v)) for k, v in node.kwargs.items()))
-        index(node)
-    targets = tuple(id(node.target) for node in created)
-    return tuple(calls), tuple(described), tuple(map(index, old.roots)), targets
+    for root in roots:
+        read(root)
+    return tuple(text), tuple([id(node.target) for node in created])
 
 
 def _describe(node: fx.Node, editor: Editor, index: Callable[[Any], int]) -> Hashable:
     meta = editor.metadata.key(node.meta.get("val"))
-    return (meta, _shape_of(editor.expression(node), editor, index)) if editor.constant(node) else meta
+    return ("weight", meta, _shape_of(editor.expression(node), editor, index)) if editor.constant(node) else ("input", meta)
 
 
 def _shape_of(x: Any, editor: Editor, index: Callable[[Any], int]) -> Hashable:
@@ -124,7 +134,7 @@ def hold(claim: Claim, old: Region, new: Region, editor: Editor) -> float | None
         return None
     sample = _run_old(old, new, editor)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         try:
             outputs = _run(new, sample.values)
         except Exception as error:
@@ -155,9 +165,9 @@ def _run_old(old: Region, new: Region, editor: Editor) -> _Sample:
     problem: Exception | None = None
     for sizes in _SIZES:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             values, variables = _draw_all(inputs, sizes, editor)
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             try:
                 return _Sample(values, variables, _run(old, values))
             except Exception as error:
