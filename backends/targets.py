@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.parallel import parallel_linears
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.samples import symbolic_dims
 from tautomer.rewrite.target import Compiled, Gain, Target
@@ -30,14 +31,26 @@ from .onnx_check import open_session
 from .to_onnx import to_onnx
 from .to_torch import to_torch
 
-NORM = "layer-norm-to-rms-norm"
+NORM, MERGE = "layer-norm-to-rms-norm", "merge-parallel-linears"
 _LAYER_NORM = torch.ops.aten.layer_norm.default
 _RMS_NORM = torch.ops.aten.rms_norm.default
+_LINEAR = torch.ops.aten.linear.default
 _BUDGET_MS = 40.0
-_LARGEST = 2**20
+_LARGEST, _LARGEST_PRODUCT = 2**20, 2**28
 _NOISE = 1.05
+_WORTH = 0.9
+"""A merge renames parameters, and the parts of a split are read with strides: less than a tenth is not worth it."""
 _RECORDED = {(1, 128, 768): (46.0, 26.0), (8, 197, 768): (619.0, 392.0)}
 """µs of one LayerNormalization and one RMSNormalization on ONNX Runtime 1.31, one CPU thread."""
+_RECORDED_LAYERS = {
+    (1, 768, 2304): (82.0, 78.0), (16, 768, 2304): (278.0, 272.0), (128, 768, 2304): (2157.0, 2222.0),
+    (1576, 768, 2304): (49588.0, 50181.0), (1, 1024, 1536): (72.0, 69.0), (128, 1024, 1536): (1948.0, 1971.0),
+    (1, 1024, 5632): (467.0, 457.0), (128, 1024, 5632): (7302.0, 7403.0),
+}  # fmt: skip
+"""Rows, width, features in all: µs of the layers one by one and of one with a split, as benchmarks/parallel_linears.py prints."""
+
+
+_UNMEASURED = Gain(False, None, None, "merged linear layers were never measured here")
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,17 @@ class Norms:
 
     shape: tuple[int, ...]
     dims: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The commonest linear layers with one input: how many rows that has in the example, its width, their features."""
+
+    rows: int
+    width: int
+    features: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -67,6 +91,9 @@ class Eager:
         return run
 
     def gain(self, pass_name: str, program: Program) -> Gain | None:
+        if pass_name == MERGE:
+            layers = commonest_layers(program)
+            return None if layers is None else measured_layers(layers)
         norms = commonest_norm(program) if pass_name == NORM else None
         return None if norms is None else measured_norms(norms)
 
@@ -88,6 +115,8 @@ class Inductor:
         return run
 
     def gain(self, pass_name: str, program: Program) -> Gain | None:
+        if pass_name == MERGE:
+            return _UNMEASURED
         if pass_name != NORM or commonest_norm(program) is None:
             return None
         return Gain(True, None, None, "Inductor writes either norm as one fused kernel: the RMSNorm is not slower")
@@ -115,6 +144,9 @@ class OnnxRuntime:
         return run
 
     def gain(self, pass_name: str, program: Program) -> Gain | None:
+        if pass_name == MERGE:
+            layers = commonest_layers(program) if self.device == "cpu" else None
+            return _UNMEASURED if layers is None else recorded_layers(layers)
         norms = commonest_norm(program) if pass_name == NORM else None
         return recorded_norms(norms) if norms is not None and self.device == "cpu" else None
 
@@ -178,16 +210,21 @@ def recorded_norms(norms: Norms) -> Gain:
 
 def commonest_norm(program: Program) -> Norms | None:
     """The LayerNorm that a program has most of, with the sizes of its example; None if it has none."""
-    sizes = {
-        symbol: int(value.shape[axis])
-        for node, value in zip(program.placeholders, program.example, strict=True)
-        for axis, symbol in symbolic_dims(node)
-    }
+    sizes = _example_sizes(program)
     found: Counter[Norms] = Counter()
     for node in program.graph.find_nodes(op="call_function", target=_LAYER_NORM):
         x = node.args[0].meta["val"]
         found[Norms(tuple(_number(s, sizes) for s in x.shape), len(node.args[1]), x.dtype, x.device)] += 1
     return found.most_common(1)[0][0] if found else None
+
+
+def _example_sizes(program: Program) -> dict[Any, int]:
+    """The value of every symbol in the example."""
+    return {
+        symbol: int(value.shape[axis])
+        for node, value in zip(program.placeholders, program.example, strict=True)
+        for axis, symbol in symbolic_dims(node)
+    }
 
 
 def _number(size: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
@@ -204,3 +241,43 @@ def _affordable(norms: Norms) -> tuple[int, ...]:
     if len(norms.shape) == norms.dims:
         return norms.shape
     return max(1, min(first, _LARGEST // max(1, prod(rest)))), *rest
+
+
+# -- what linear layers with one input cost -------------------------------------------------------------------
+
+
+def measured_layers(layers: Layers) -> Gain:
+    """The layers one by one, and one with a split, timed here and now, alternately."""
+    rows = max(1, min(layers.rows, _LARGEST_PRODUCT // (layers.width * sum(layers.features))))
+    options: dict[str, Any] = {"dtype": layers.dtype, "device": layers.device}
+    x, weights = torch.randn(rows, layers.width, **options), [torch.randn(n, layers.width, **options) for n in layers.features]
+    whole, sizes = torch.cat(weights), list(layers.features)
+    runs = (lambda xs: [_LINEAR(xs[0], w) for w in weights], lambda xs: _LINEAR(xs[0], whole).split(sizes, -1))
+    with _one_thread():
+        before, after = measure(*runs, [x], rounds_within(_BUDGET_MS, *runs, [x]), statistic=min)
+    where = f"at {rows} rows on this {layers.device.type}{' (one thread)' if layers.device.type == 'cpu' else ''}, measured"
+    return _layers_gain(layers, before, after, where)
+
+
+def recorded_layers(layers: Layers) -> Gain:
+    """What was recorded for ONNX Runtime on a CPU at the nearest size."""
+    wanted = layers.rows * layers.width * sum(layers.features)
+    nearest = min(_RECORDED_LAYERS, key=lambda size: abs(prod(size) - wanted))
+    rows, width, features = nearest
+    return _layers_gain(layers, *_RECORDED_LAYERS[nearest], f"at {rows} rows from {width} to {features} features, recorded")
+
+
+def _layers_gain(layers: Layers, before: float, after: float, where: str) -> Gain:
+    note = f"{len(layers.features)} linear layers take {before:.0f} µs and one with a split {after:.0f} µs {where}"
+    return Gain(after <= _WORTH * before, before, after, note)
+
+
+def commonest_layers(program: Program) -> Layers | None:
+    """The linear layers with one input that a program has most of; None if it has none."""
+    sizes, found = _example_sizes(program), Counter[Layers]()
+    for group in parallel_linears(program):
+        *rows, width = (_number(s, sizes) for s in group[0].args[0].meta["val"].shape)  # type: ignore[union-attr]
+        outputs = [layer.meta["val"] for layer in group]
+        features = tuple(int(y.shape[-1]) for y in outputs)
+        found[Layers(prod(rows), width, features, outputs[0].dtype, outputs[0].device)] += 1
+    return found.most_common(1)[0][0] if found else None

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 
 from tautomer.rewrite.pass_base import Pass
 
+from .attention.merge_parallel_linears import MergeParallelLinears
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
@@ -56,8 +57,8 @@ RAISE: tuple[type[Pass], ...] = (
 NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
-ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu,)
-"""In no recipe: a user asks for these by name."""
+ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, MergeParallelLinears)
+"""In no recipe, a user asks for these by name: one is no equality, the other renames parameters and seldom pays."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ from .equation import Equation, Match, require_sole_readers
 from .errors import ClaimBroken, InvalidGraph, Refused, require
 from .metadata import Derived, difference, refresh
 from .ops import is_pure
-from .pass_base import Context
+from .pass_base import Context, Pass
 from .patterns import Entry, Found, Pattern, compile_pattern
 from .program import Program, place, target_name
 from .region import Region, hold, region_between, signature
@@ -292,6 +292,37 @@ class _Engine:
         for node, value in overlay.items():
             node.meta["val"] = value
         erase_dead(self.program.graph, old)
+
+
+def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],
+               editor: Editor, context: Context) -> None:  # fmt: skip
+    """Let what ``emit`` makes stand for ``old``, which are siblings in order: an application of a pass that is no rule.
+
+    New nodes stand before the first of ``old``. The same transaction as of a rule: if anything speaks against it, nothing
+    has changed.
+
+    Raises:
+        Refused: a reader downstream could not run, a matrix would be stored twice, or the claim does not hold here.
+    """
+    engine, before = _Engine((), editor.program, context), tuple(old)
+    engine.editor, op = editor, editor.before(before[0])
+    try:
+        after = tuple(emit(op))
+        overlay = engine.compare(before, after)
+        engine.refuse_second_copies(op, before)
+        error = (
+            hold(rewrite.claim, Region(before, before, {}), Region(tuple(op.created), after, {}), editor)
+            if context.check
+            else None
+        )
+    except ClaimBroken as broken:
+        op.rollback()
+        raise Refused(broken.what) from broken
+    except Exception:
+        op.rollback()
+        raise
+    context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
+    engine.commit(op, before, after, overlay)
 
 
 class _Readers:

@@ -7,7 +7,20 @@ import torch
 from torch import nn
 
 from tautomer.backends import targets
-from tautomer.backends.targets import NORM, TARGETS, Norms, commonest_norm, measured_norms, recorded_norms, resolve
+from tautomer.backends.targets import (
+    MERGE,
+    NORM,
+    TARGETS,
+    Layers,
+    Norms,
+    commonest_layers,
+    commonest_norm,
+    measured_layers,
+    measured_norms,
+    recorded_layers,
+    recorded_norms,
+    resolve,
+)
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
 
@@ -103,3 +116,42 @@ def test_inductor_is_recorded_and_onnx_runtime_on_cuda_unknown():
     gain = resolve("inductor").gain(NORM, program())
     assert gain is not None and gain.pays and gain.before_us is None
     assert resolve("onnxruntime-cuda").gain(NORM, program()) is None
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int = 16, features: int = 24) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, features), nn.Linear(width, features)
+
+    def forward(self, x):
+        return self.gate(x) * self.up(x)
+
+
+def test_the_commonest_layers_have_the_rows_of_the_example():
+    captured = capture(Gated().eval(), (X,))
+    assert commonest_layers(captured) == Layers(15, 16, (24, 24), torch.float32, torch.device("cpu"))
+    assert commonest_layers(program()) is None
+
+
+def test_merged_layers_are_measured_in_eager_and_both_numbers_said():
+    gain = resolve("eager").gain(MERGE, capture(Gated().eval(), (X,)))
+    assert gain is not None and gain.before_us and gain.after_us
+    assert gain.pays is (gain.after_us <= 0.9 * gain.before_us)
+    assert f"2 linear layers take {gain.before_us:.0f} µs" in str(gain) and "at 15 rows" in str(gain)
+
+
+@pytest.mark.parametrize(("before", "after", "pays"), [(100.0, 80.0, True), (100.0, 95.0, False), (100.0, 110.0, False)])
+def test_less_than_a_tenth_is_not_worth_a_merge(before, after, pays, monkeypatch):
+    monkeypatch.setattr(targets, "measure", lambda *_, **__: (before, after))
+    assert measured_layers(Layers(4, 8, (8, 8), torch.float32, torch.device("cpu"))).pays is pays
+
+
+@pytest.mark.parametrize(("rows", "figures"), [(1, (72.0, 69.0)), (100, (1948.0, 1971.0)), (4096, (49588.0, 50181.0))])
+def test_merged_layers_are_recorded_for_onnx_runtime_and_do_not_pay(rows, figures):
+    gain = recorded_layers(Layers(rows, 1024, (1024, 256, 256), torch.float32, torch.device("cpu")))
+    assert not gain.pays and (gain.before_us, gain.after_us) == figures
+
+
+@pytest.mark.parametrize("name", ["inductor", "onnxruntime-cuda"])
+def test_where_nobody_measured_merged_layers_they_do_not_pay(name):
+    assert not resolve(name).gain(MERGE, capture(Gated().eval(), (X,))).pays
