@@ -73,7 +73,7 @@ def capture(
         raise CaptureError(
             f"{error.what}\n  can be captured: {', '.join(parts)}",
             where=error.where,
-            hint=f"{error.hint}; or capture_parts(model, args, kwargs), which captures those submodules",
+            hint=f"{error.hint}; or tautomer.optimize_parts(model, args, kwargs), which rewrites those submodules",
         ) from error.__cause__
 
 

@@ -16,6 +16,7 @@ from ._front import (
     export_onnx,
     load,
     optimize,
+    optimize_parts,
     save,
     verify,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "export_onnx",
     "load",
     "optimize",
+    "optimize_parts",
     "save",
     "verify",
 ]

@@ -6,7 +6,7 @@ import difflib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -24,16 +24,19 @@ from tautomer.backends.to_torch import to_torch
 from tautomer.passes.recipes import PASSES, RECIPES, Recipe
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.capture import capture as capture_module
+from tautomer.rewrite.capture import capture_parts
 from tautomer.rewrite.claims import ALGEBRAIC, Claim
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.evidence import Evidence
-from tautomer.rewrite.pass_base import Context, Pass
+from tautomer.rewrite.pass_base import Context, Log, Pass
 from tautomer.rewrite.pipeline import Outcome, run_passes
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.report import Report, Size, Timing
 from tautomer.rewrite.rules import Rule, nearest_miss
 from tautomer.rewrite.target import Target
+
+from ._parts import assemble, merge
 
 Model: TypeAlias = nn.Module | Program | torch.export.ExportedProgram
 Progress: TypeAlias = Callable[[str], None]
@@ -122,22 +125,81 @@ def optimize(
     tell = progress or (lambda phase: None)
     chosen = _passes(recipe, passes)
     where = resolve(target) if isinstance(target, str) else target
+    plan = _Plan(chosen, where, passes is None, Context(only=tuple(only), skip=tuple(skip), fuel=fuel), check, tell)
     start = perf_counter()
     tell("capturing")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    seconds = {"capture": perf_counter() - start}
+    return _rewrite(program, plan, perf_counter() - start)
+
+
+def optimize_parts(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Recipe = "inference",
+    target: str | Target = "eager",
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A model that cannot be captured whole: its largest submodules that can are rewritten, in a copy of the user's class.
+
+    Args: as of ``optimize``.
+
+    Returns:
+        A copy of ``model`` (weights shared) whose parts are emitted modules; ``.report`` says which, and why not the whole.
+
+    Raises:
+        CaptureError: no submodule can be captured.
+
+    Example: ``optimize_parts(model, args).report.captured[0]``
+    """
+    tell = progress or (lambda phase: None)
+    where = resolve(target) if isinstance(target, str) else target
+    plan = _Plan(_passes(recipe, None), where, True, Context(), check, tell)
+    start = perf_counter()
+    tell("capturing")
+    parts = capture_parts(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    seconds = (perf_counter() - start) / len(parts)
+    emitted = {path: _rewrite(part, plan, seconds) for path, part in parts.items()}
+    whole = assemble(model, emitted)
+    whole.report = merge(type(model).__name__, where.name, {path: part.report for path, part in emitted.items()})  # type: ignore[assignment]
+    return whole
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What ``optimize`` was asked to do to each program."""
+
+    passes: tuple[Pass, ...]
+    target: Target
+    ask: bool
+    context: Context
+    check: bool
+    tell: Progress
+
+
+def _rewrite(program: Program, plan: _Plan, capture_seconds: float) -> Rewritten:
     original = program.copy()
-    context = Context(only=tuple(only), skip=tuple(skip), fuel=fuel)
-    tell("rewriting and checking")
-    outcome = run_passes(chosen, program, context, target=None if passes is not None else where, check=check)
+    context = replace(plan.context, log=Log())
+    plan.tell("rewriting and checking")
+    outcome = run_passes(plan.passes, program, context, target=plan.target if plan.ask else None, check=plan.check)
     fast = to_torch(program)
-    tell("measuring")
-    timing = _measure(original, program, where, outcome)
-    report = Report(
-        program.name, where.name, outcome.log, tuple(program.notes), Size.of(original), Size.of(program),
-        outcome.gains, outcome.evidence, timing, seconds | outcome.seconds,
-    )  # fmt: skip
-    fast.report, fast.weights, fast.program = report, program.weights, program
+    plan.tell("measuring")
+    fast.report = Report(
+        program.name,
+        plan.target.name,
+        outcome.log,
+        tuple(program.notes),
+        Size.of(original),
+        Size.of(program),
+        outcome.gains,
+        outcome.evidence,
+        _measure(original, program, plan.target, outcome),
+        {"capture": capture_seconds} | outcome.seconds,
+    )
+    fast.weights, fast.program = program.weights, program
     return fast
 
 

@@ -300,6 +300,33 @@ def test_explain_names_the_reason() -> None:
     assert "norm" in where and "output of the model" in reason and reason in str(explanation)
 
 
+class Routed(nn.Module):
+    """Cannot be captured whole: which block runs depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = Model(), Model(), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.left(x)["logits"]
+        return self.head(logits) if float(logits.sum()) > -1e9 else self.right(x)["logits"]
+
+
+def test_a_model_that_cannot_be_captured_is_rewritten_in_parts() -> None:
+    model = Routed().eval()
+    with pytest.raises(CaptureError, match="optimize_parts"):
+        tautomer.optimize(model, (X,))
+    before = snapshot(model)
+    fast = tautomer.optimize_parts(model, (X,), target="onnxruntime")
+    assert type(fast) is Routed and fast is not model and type(model.left) is Model
+    assert fast.report.fired("layer-norm-to-rms-norm") == 3
+    assert "left" in fast.report.captured[0] and "head" in fast.report.captured[0]
+    assert all(a.id.split("@")[1].startswith(("left", "head")) for a in fast.report.applications)
+    torch.testing.assert_close(fast(X), model(X), rtol=1e-5, atol=1e-5)
+    assert unchanged(model, before) and fast.right is not model.right
+    assert fast.right.head.weight is model.right.head.weight
+
+
 def test_catalogue_lists_what_there_is() -> None:
     found = tautomer.catalogue()
     names = [row["name"] for row in found.passes]
