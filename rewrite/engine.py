@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from .emit import Editor, GraphOps
 from .equation import Equation, Match, require_sole_readers
 from .errors import ClaimBroken, InvalidGraph, Refused, require
 from .metadata import Derived, difference, refresh
-from .ops import is_pure
+from .ops import OPS, is_pure, normal
 from .pass_base import Context, Pass
 from .patterns import Entry, Found, Pattern, compile_pattern
 from .program import Program, place, target_name
@@ -60,6 +60,9 @@ def _without_gc() -> Iterator[None]:
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():
+            gc.freeze()  # what was made and is still here goes to the oldest generation without being looked at now
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
@@ -88,9 +91,6 @@ class _Index:
         self.depth = max((pattern.depth for pattern in patterns.values()), default=0)
         self.memo: dict[tuple[int, frozenset[int]], tuple[_Candidate, ...]] = {}
 
-    def __contains__(self, node: fx.Node) -> bool:
-        return id(node.target) in self.candidates
-
     def at(self, node: fx.Node) -> tuple[_Candidate, ...]:
         """The candidates at ``node`` whose required operands are there, in order."""
         target = id(node.target)
@@ -118,7 +118,7 @@ class _Engine:
         self.program, self.context = program, context
         self.editor = Editor(program)
         self.index = _Index(rules)
-        self.queue: deque[fx.Node] = deque()
+        self.queue: list[fx.Node] = []
         self.queued: set[fx.Node] = set()
         self.refusals: dict[tuple[Equation, fx.Node], str] = {}
         self.checked: dict[Hashable, float | ClaimBroken | None] = {}
@@ -144,16 +144,17 @@ class _Engine:
 
     def drain(self) -> None:
         while self.queue:
-            node = self.queue.popleft()
+            node = self.queue.pop()
             self.queued.discard(node)
             if not erased(node):
                 self.visit(node)
 
     def push(self, nodes: Iterable[fx.Node]) -> None:
+        roots = self.index.candidates
         for node in nodes:
-            if node in self.index and node not in self.queued:
+            if id(node.target) in roots and node not in self.queued:
                 self.queued.add(node)
-                self.queue.appendleft(node)
+                self.queue.append(node)
 
     def visit(self, node: fx.Node) -> None:
         for candidate in self.index.at(node):
@@ -185,18 +186,17 @@ class _Engine:
     def apply(self, candidate: _Candidate, found: Found) -> None:
         rule = candidate.rule
         match = Match(dict(zip(candidate.names, found.values, strict=True)), found.roots, found.nodes, self.program)
-        require(not any(node.meta.get("tautomer_mutated") for node in found.nodes), "a value in the pattern is written in place")
+        written = [node for node in found.nodes if node.meta.get("tautomer_mutated")]
+        require(not written, "a value in the pattern is written in place")
         rule.where(match)
         require_sole_readers(rule, match)
 
-        frontier: set[fx.Node] = set()
-        fx.node.map_arg(found.values, frontier.add)
-        op = self.editor.before(self.anchor(match, frontier), origin=match.root)
+        op = self.editor.before(self.anchor(match), origin=match.root)
         try:
             roots = self.build(rule, op, match)
             overlay = self.compare(match.roots, roots)
             self.refuse_second_copies(op, match.roots)
-            error = self.check(rule, op, found, frontier, roots)
+            error = self.check(rule, op, found, roots)
         except Exception:
             op.rollback()
             raise
@@ -210,13 +210,13 @@ class _Engine:
             raise InvalidGraph(f"rewriting does not end: {cycle} keep firing", where=place(roots[0]))
         self.push([*op.created, *roots, *self.index.above(roots)])
 
-    def anchor(self, match: Match, frontier: set[fx.Node]) -> fx.Node:
+    def anchor(self, match: Match) -> fx.Node:
         """Where the new nodes stand: after everything they may read, before everything that reads them."""
         if len(match.roots) == 1:
             return match.root
         users = [user for root in match.roots for user in root.users if user not in match.nodes]
         anchor = min(users, default=max(match.roots).next)
-        late = next((node for node in frontier if not node < anchor), None)
+        late = next((node for node in _frontier(match.values.values()) if not node < anchor), None)
         require(late is None, f"'{late}' is computed only after one of the siblings is read")
         return anchor
 
@@ -263,16 +263,15 @@ class _Engine:
                 if reader is not None:
                     raise Refused(f"'{leaf}' would be stored twice: {target_name(reader)} '{reader.name}' also reads it")
 
-    def check(self, rule: Equation, op: GraphOps, found: Found, frontier: set[fx.Node],
-              roots: tuple[fx.Node, ...]) -> float | None:  # fmt: skip
+    def check(self, rule: Equation, op: GraphOps, found: Found, roots: tuple[fx.Node, ...]) -> float | None:
         if not self.context.check:
             return None
-        twins = {other: node for other, node in found.twins if other is not node}
-        question = (rule, signature(found.roots, frontier, twins, op.created, self.editor))
+        question = signature(found, op.created, self.editor)
         if question not in self.checked:
-            old, new = region_between(found.roots, frontier, twins), Region(tuple(op.created), roots, {})
+            twins = {other: node for other, node in found.twins if other is not node}
+            old = region_between(found.roots, _frontier(found.values), twins)
             try:
-                self.checked[question] = hold(rule.claim, old, new, self.editor)
+                self.checked[question] = hold(rule.claim, old, Region(tuple(op.created), roots, {}), self.editor)
             except ClaimBroken as broken:
                 self.checked[question] = broken
         if isinstance(error := self.checked[question], ClaimBroken):
@@ -280,7 +279,7 @@ class _Engine:
         return error
 
     def commit(self, op: GraphOps, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...], overlay: dict[fx.Node, Any]) -> None:
-        created = set(op.created)
+        created = op.created
         for before, after in zip(old, new, strict=True):
             if after in created:
                 after.meta["origin"] = before.meta.get("origin", before.name)
@@ -345,6 +344,13 @@ class _Readers:
                 yield from node.users
 
 
+def _frontier(values: Iterable[Any]) -> set[fx.Node]:
+    """The nodes that variables are bound to."""
+    frontier: set[fx.Node] = set()
+    fx.node.map_arg(tuple(values), frontier.add)
+    return frontier
+
+
 # -- dead nodes -----------------------------------------------------------------------------------------------
 
 
@@ -364,12 +370,10 @@ def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     gone, stack = [], list(nodes)
     while stack:
         node = stack.pop()
-        if erased(node) or node.users or not removable(node):
-            continue
-        operands = node.all_input_nodes
-        graph.erase_node(node)
-        gone.append(node)
-        stack.extend(operands)
+        if not node.users and not erased(node) and removable(node):
+            stack += node.all_input_nodes
+            graph.erase_node(node)
+            gone.append(node)
     return gone
 
 
@@ -377,4 +381,10 @@ def removable(node: fx.Node) -> bool:
     """Whether nothing but the readers of ``node`` would notice that it is gone."""
     if node.op == "get_attr":
         return True
-    return node.op == "call_function" and is_pure(node.target) and not node.meta.get("tautomer_mutated")
+    pure = node.op == "call_function" and (is_pure(node.target) or _draws_nothing(node))
+    return pure and not node.meta.get("tautomer_mutated")
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether ``node`` is an attention without dropout."""
+    return node.target is OPS["scaled_dot_product_attention"].target and normal(node)[4] == 0.0

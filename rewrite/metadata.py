@@ -37,6 +37,9 @@ class Derived:
     fake: Tensor
 
 
+_UNKNOWN = object()
+
+
 class Metadata:
     """Fake results by question, for one fake mode (one program)."""
 
@@ -53,14 +56,15 @@ class Metadata:
         Raises:
             Refused: the op does not accept these operands.
         """
-        spelled = (id(target), self.key(args), self.key(tuple(kwargs.items())) if kwargs else None)
-        if spelled not in self.memo:
+        spelled = (id(target), *map(self.key, args), self.key(tuple(kwargs.items())) if kwargs else None)
+        result = self.memo.get(spelled, _UNKNOWN)
+        if result is _UNKNOWN:
             question = (id(target), self.key(fill(target, args, kwargs)))
             if question not in self.memo:
                 values = {name: value_of(x) for name, x in kwargs.items()}
                 self.memo[question] = self._run(target, value_of(args), values)
-            self.memo[spelled] = self.memo[question]
-        return self.memo[spelled]
+            result = self.memo[spelled] = self.memo[question]
+        return result
 
     def learn(self, node: fx.Node) -> None:
         """Remember what the capture knows about a call."""
@@ -68,14 +72,15 @@ class Metadata:
 
     def key(self, x: Any) -> Hashable:
         """Everything an op can see of an operand."""
-        if isinstance(x, (fx.Node, Derived)):
+        if x.__class__ is fx.Node or x.__class__ is Derived:
             x = value_of(x)
-        if isinstance(x, Tensor):
-            known = self.keys.get(id(x))
-            if known is None:
-                seen = tensor_key(x.detach()) if x.requires_grad else tensor_key(x)
-                known = self.keys[id(x)] = (x, self.numbers.setdefault(seen, len(self.numbers)))
+        if known := self.keys.get(id(x)):
             return known[1]
+        if isinstance(x, Tensor):
+            seen = tensor_key(x.detach()) if x.requires_grad else tensor_key(x)
+            number = self.numbers.setdefault(seen, len(self.numbers))
+            self.keys[id(x)] = (x, number)
+            return number
         if isinstance(x, (list, tuple)):
             return tuple(map(self.key, x))
         if isinstance(x, torch.SymInt):

@@ -205,13 +205,15 @@ _PURE: dict[int, bool] = {}
 
 def is_pure(target: Any) -> bool:
     """Whether equal operands give equal results and nothing else happens: no write, no random numbers."""
-    if id(target) not in _PURE:
+    pure = _PURE.get(id(target))
+    if pure is None:
         if isinstance(target, OpOverload):
             random = torch.Tag.nondeterministic_seeded in target.tags
-            _PURE[id(target)] = not target._schema.is_mutable and not random and bool(target._schema.returns)
+            pure = not target._schema.is_mutable and not random and bool(target._schema.returns)
         else:
-            _PURE[id(target)] = getattr(target, "__module__", "") in ("_operator", "math")
-    return _PURE[id(target)]
+            pure = getattr(target, "__module__", "") in ("_operator", "math")
+        _PURE[id(target)] = pure
+    return pure
 
 
 # -- one form for the arguments of a call ---------------------------------------------------------------------
@@ -306,7 +308,8 @@ def _from_the_end(form: Form, args: tuple[Any, ...]) -> tuple[Any, ...]:
     for position in form.dims:
         dim = args[position]
         if isinstance(dim, int):
-            normalised[position] = dim - rank if dim >= 0 else dim
+            if dim >= 0:
+                normalised[position] = dim - rank
         elif isinstance(dim, (list, tuple)):
             normalised[position] = [d - rank if isinstance(d, int) and d >= 0 else d for d in dim]
     if form.names[1:3] == ("dim0", "dim1") and normalised[1] > normalised[2]:

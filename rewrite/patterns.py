@@ -12,12 +12,13 @@ The same writer, asked to explain, also notes where each attempt stopped; the de
 from __future__ import annotations
 
 import inspect
+import itertools
 import linecache
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import fx
@@ -113,8 +114,7 @@ def trace(before: Callable[..., Any]) -> tuple[tuple[Variable, ...], tuple[Any, 
 # -- compiled patterns ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """One way a pattern fits.
 
     Attributes:
@@ -122,12 +122,17 @@ class Found:
         roots: the nodes of the pattern's roots.
         nodes: every node the pattern names, roots included, each once.
         twins: (other, node): a second spelling of ``node``'s value that the pattern identified with it.
+        way: the number of the way; two that share it and bind equal values are equal all over.
     """
 
     values: tuple[Any, ...]
     roots: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     twins: tuple[tuple[fx.Node, fx.Node], ...]
+    way: int
+
+
+_WAYS = itertools.count()
 
 
 IsWeight = Callable[[Any], bool]
@@ -341,7 +346,7 @@ class _Writer:
         elif isinstance(pattern, Call):
             self.write(indent, f"if {at}.__class__ is Node and {at}.target is {self.constant(pattern.op.target)}:")
             args = self.name("a")
-            self.write(indent + 1, f"{args} = normal({at})")
+            self.write(indent + 1, f"{args} = {self.normal(pattern, at)}")
             names = tuple(self.name("n") for _ in pattern.args)
             inner = self.unpack(pattern, names, args, indent + 1)
             arguments = tuple((arg, name, pattern.source) for arg, name in zip(pattern.args, names, strict=True))
@@ -356,6 +361,13 @@ class _Writer:
             self.write(indent, f"if {self.literal(pattern, at)}:")
             self.solve(rest, bound, twins, later, indent + 1, depth)
             self.otherwise(pattern, at, source, indent, depth)
+
+    def normal(self, pattern: Call, at: str) -> str:
+        """The arguments in normal form; those of a call that gives all of them, in order and none an axis, are so already."""
+        form = form_of(pattern.op.target)
+        if form is None or form.dims or form.ignored:
+            return f"normal({at})"
+        return f"{at}.args if len({at}.args) == {len(form.names)} else normal({at})"
 
     def rank(self, pattern: Any, bound: dict[int, str]) -> int:
         """What rejects soonest goes first: literals, what is bound already, ops, then wildcards."""
@@ -418,7 +430,7 @@ class _Writer:
         calls = {bound[id(p)]: None for root in self.roots for p in _calls(root) if id(p) in bound}  # a set in order
         pairs = [f"({other}, {first})" for other, first in twins]
         groups = (values, [bound[id(root)] for root in self.roots], list(calls), pairs)
-        return ", ".join(f"({''.join(f'{x}, ' for x in group)})" for group in groups)
+        return ", ".join(f"({''.join(f'{x}, ' for x in group)})" for group in groups) + f", {next(_WAYS)}"
 
     def literal(self, pattern: Any, at: str) -> str:
         if pattern is None or isinstance(pattern, bool):

@@ -9,7 +9,7 @@ are a hundred times smaller than the others: an epsilon in the wrong place shows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .claims import Claim
 from .emit import Editor
 from .errors import ClaimBroken
 from .evidence import FORWARD, GRADIENT, relative_error
+from .patterns import Found
 from .shapes import Size, key
 from .weights import Apply, Expression, Leaf, evaluate, leaves
 
@@ -66,59 +67,35 @@ def region_between(roots: tuple[fx.Node, ...], frontier: set[fx.Node], twins: Ma
 # -- one region, one question ---------------------------------------------------------------------------------
 
 
-def signature(roots: tuple[fx.Node, ...], frontier: set[fx.Node], twins: Mapping[fx.Node, fx.Node],
-              created: Sequence[fx.Node], editor: Editor) -> Hashable:  # fmt: skip
+def signature(found: Found, created: Sequence[fx.Node], editor: Editor) -> Hashable:
     """What the check depends on but the values of the weights: equal for the same rewrite in another layer.
 
-    The right side of a rule is a function of what the left side bound, so the left side and the ops of the right do.
-    The left side is read from its roots down, as text: a call by its target and its arguments, a node seen before by
-    its number.
+    The left side is known by the way the pattern fits and by what its variables are bound to; the right side is a
+    function of these, so its ops tell it.
     """
     number: dict[Any, int] = {}
-    text: list[Hashable] = []
+    return (found.way, *[_describe(x, number, editor) for x in found.values], *[id(node.target) for node in created])
 
-    def index(x: Any) -> int:
-        return number.setdefault(x, len(number))
 
-    def read(x: Any) -> None:
-        if x.__class__ is not fx.Node:
-            if isinstance(x, (list, tuple)):
-                text.append(("list", len(x)))
-                for y in x:
-                    read(y)
-            else:
-                text.append((x.__class__, x))  # 1, 1.0 and True are three literals
-            return
-        x = twins.get(x, x)
+def _describe(x: Any, number: dict[Any, int], editor: Editor) -> Hashable:
+    """What a variable is bound to: a node seen before by its number, a weight by its expression."""
+    if x.__class__ is fx.Node:
         if x in number:
-            text.append(number[x])
-            return
-        index(x)
-        if x.op != "call_function" or x in frontier:
-            text.append(_describe(x, editor, index))
-            return
-        text.append((id(x.target), len(x.args), *x.kwargs))
-        for y in x.args:
-            read(y)
-        for y in x.kwargs.values():
-            read(y)
-
-    for root in roots:
-        read(root)
-    return tuple(text), tuple([id(node.target) for node in created])
+            return number[x]
+        number[x] = len(number)
+        meta = editor.metadata.key(x)
+        return (meta, _shape_of(editor.expression(x), number, editor)) if editor.constant(x) else (meta,)
+    if isinstance(x, (list, tuple)):
+        return tuple([_describe(y, number, editor) for y in x])
+    return (x.__class__, x)  # 1, 1.0 and True are three literals
 
 
-def _describe(node: fx.Node, editor: Editor, index: Callable[[Any], int]) -> Hashable:
-    meta = editor.metadata.key(node.meta.get("val"))
-    return ("weight", meta, _shape_of(editor.expression(node), editor, index)) if editor.constant(node) else ("input", meta)
-
-
-def _shape_of(x: Any, editor: Editor, index: Callable[[Any], int]) -> Hashable:
+def _shape_of(x: Any, number: dict[Any, int], editor: Editor) -> Hashable:
     if isinstance(x, Leaf):
-        return ("leaf", index(x), editor.metadata.key(editor.program.weights.leaves[x.name]))
+        return ("leaf", number.setdefault(x, len(number)), editor.metadata.key(editor.program.weights.leaves[x.name]))
     if isinstance(x, Apply):
-        return (id(x.target), *(_shape_of(y, editor, index) for y in (*x.args, *x.kwargs)))
-    return tuple(_shape_of(y, editor, index) for y in x) if isinstance(x, tuple) else x
+        return (id(x.target), *(_shape_of(y, number, editor) for y in (*x.args, *x.kwargs)))
+    return tuple(_shape_of(y, number, editor) for y in x) if isinstance(x, tuple) else x
 
 
 # -- running both sides ---------------------------------------------------------------------------------------
@@ -274,7 +251,9 @@ def _gradient_error(sample: _Sample, outputs: Sequence[Tensor]) -> float:
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, dtype=o.dtype, generator=generator) for o, _ in pairs]
     old, new = (
-        torch.autograd.grad([pair[side] for pair in pairs], sample.variables, weights, allow_unused=True) for side in (0, 1)
+        # Both sides read the same derived weights, whose graphs must outlive the first.
+        torch.autograd.grad([pair[side] for pair in pairs], sample.variables, weights, retain_graph=True, allow_unused=True)
+        for side in (0, 1)
     )
     filled = [
         tuple(torch.zeros_like(v) if g is None else g for g in (o, n))

@@ -12,6 +12,7 @@ from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, APPROXIMATE, ARCHITECTURE, BITWISE
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.errors import ClaimBroken
+from tautomer.rewrite.patterns import Found
 from tautomer.rewrite.region import _error, _error_above, hold, region_between, signature
 
 aten = torch.ops.aten
@@ -30,10 +31,6 @@ def regions():
     program = capture(Two(), (torch.randn(3, 4),))
     x, outputs = program.placeholders[0], program.output.args[0]
     return Editor(program), [region_between((output,), {x}, {}) for output in outputs]
-
-
-def text_of(region, editor):
-    return signature(region.roots, set(region.inputs), {}, (), editor)
 
 
 def test_a_region_stops_at_its_frontier():
@@ -63,10 +60,17 @@ def test_the_check_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_signatures_see_structure_and_literals():
-    editor, (a, b, c) = regions()
-    assert text_of(a, editor) == text_of(a, editor)
-    assert len({text_of(region, editor) for region in (a, b, c)}) == 3
+def test_equal_applications_ask_one_question():
+    program = capture(Two(), (torch.randn(3, 4),))
+    (x,), (W,) = program.placeholders, program.graph.find_nodes(op="get_attr")
+    add, mul = program.output.args[0][2], program.output.args[0][0]
+    ask = lambda *values, way=0, created=(): signature(Found(values, (), (), (), way), created, Editor(program))  # noqa: E731
+
+    assert ask(x, W, 2) == ask(x, W, 2)
+    assert len({ask(x, W, 2), ask(x, W, 2.0), ask(x, W, True), ask(x, x, 2), ask(W, x, 2)}) == 5
+    assert ask([x, x]) != ask([x, mul]), "one value twice is not two"
+    assert ask(x, way=1) != ask(x) != ask(x, created=(add,))
+    assert ask(add) == ask(mul), "values are known by their metadata"
 
 
 def test_where_the_old_side_is_no_number_nothing_is_claimed():
