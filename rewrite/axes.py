@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from .program import Program, arguments
 from .shapes import Size, product, same
+from .weights import opaque
 
 aten = torch.ops.aten
 
@@ -71,7 +72,7 @@ class Axes:
 
     def _find(self, value: Value) -> Carriers:
         node, axis = value
-        if node.op != "call_function" or node.meta.get("tautomer_mutated"):
+        if node.op != "call_function" or opaque(node):
             return None
         rule = _RULES.get(node.target)
         return rule(self, node, axis) if rule is not None else None
@@ -112,7 +113,7 @@ class Axes:
     def fixed(self, node: fx.Node) -> Tensor | None:
         """The value of a weight that does not train. One that trains is whatever it will be, today's value proves nothing."""
         weights = self.program.weights
-        if node.target not in weights or weights[str(node.target)].requires_grad:
+        if node.target not in weights or weights[str(node.target)].requires_grad or opaque(node):
             return None
         return weights.value(str(node.target), torch.float64)
 
@@ -506,7 +507,7 @@ def blind(user: fx.Node, operand: Value) -> bool:
     Blindness must hold for one *free* constant per token: a LayerNorm over a concatenation of tokens sees the
     differences of their means, a GroupNorm over channels and positions likewise; neither is blind.
     """
-    if user.op != "call_function" or user.meta.get("tautomer_mutated"):
+    if user.op != "call_function" or opaque(user):
         return False
     if user.target in _SIZES_ONLY:
         return True

@@ -15,13 +15,13 @@ from torch import Tensor, fx
 
 from ._torch import FakeTensorMode, erased, no_new_guards
 from .build import drop_dead, spell
-from .functional import mark_writes, opaque
+from .functional import mark_writes
 from .interpret import may_alias
 from .metas import meta_of, refresh, same_meta
 from .program import Program, arguments, inherit
 from .record import silence
 from .shapes import Size, product, same, same_shape, static
-from .weights import expression_of
+from .weights import expression_of, opaque
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -248,12 +248,23 @@ def spell_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
     return edit.call(aten.to.dtype, x, _dtype(node))
 
 
+def spell_product(node: fx.Node, edit: Editor) -> fx.Node | None:
+    """bmm(x, y) = matmul(x, y)"""
+    return edit.call(aten.matmul.default, *node.args)
+
+
 def merge_reshapes(node: fx.Node, edit: Editor) -> fx.Node | None:
     """reshape(reshape(x, s), r) = reshape(x, r)"""
     inner = _node(node.args[0])
     if inner is None or inner.target is not aten.reshape.default:
         return None
     return edit.call(aten.reshape.default, inner.args[0], node.args[1])
+
+
+def drop_softmax_dtype(node: fx.Node, edit: Editor) -> fx.Node | None:
+    """softmax(x, k, dtype of x) = softmax(x, k)"""
+    x, dim, dtype = (arguments(node)[name] for name in ("self", "dim", "dtype"))
+    return edit.call(aten.softmax.int, x, dim) if dtype is not None and dtype == _dtype(x) else None
 
 
 def drop_norm_flag(node: fx.Node, edit: Editor) -> fx.Node | None:
@@ -329,8 +340,10 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "mul": (drop_one,),
     "div": (drop_one,),
     "cat": (drop_empty_cat,),
+    "softmax": (drop_softmax_dtype,),
     "layer_norm": (drop_norm_flag,),
     "addmm": (linear_from_addmm,),
+    "bmm": (spell_product,),
     "mm": (linear_from_matmul,),
     "matmul": (linear_from_matmul,),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), (drop_dropout,)),

@@ -21,7 +21,7 @@ from .metadata import Derived, Metadata, value_of
 from .ops import OPS, Op, Ops, form_of, is_pure
 from .program import Program, inherit
 from .shapes import product, static
-from .weights import Apply, Expression, Leaf, expression_of, leaves
+from .weights import Apply, Expression, Leaf, expression_of, leaves, opaque
 
 
 class Editor:
@@ -61,7 +61,7 @@ class Editor:
     def _decide(self, node: fx.Node) -> bool | fx.Node:
         """The answer for ``node``, or the operand to ask first."""
         if node.op == "get_attr":
-            return node.target in self.program.weights and not node.meta.get("tautomer_mutated")
+            return node.target in self.program.weights and not opaque(node)
         operands = node.all_input_nodes
         if node.op != "call_function" or not operands or not is_pure(node.target):
             return False

@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .claims import Claim
 from .errors import ClaimBroken, UsageError
-from .evidence import GRADIENT, ROUNDING, Evidence, relative_error
+from .evidence import GRADIENT, ROUNDING, Evidence, errors_against, floating, magnitude, relative_error
 from .gradients import FLOOR
 from .interpret import interpret
-from .program import Program
-from .samples import Sample, samples
+from .program import Program, arguments
+from .samples import Sample, as_given, samples
 from .verification import allowed
 from .weights import evaluate
 from .weights import leaves as leaves_of
@@ -39,25 +39,42 @@ def check_equivalence(reference: Program, candidate: Program, claim: Claim, *, g
         raise UsageError(
             f"{reference.name} takes {len(reference.placeholders)} inputs, {candidate.name} takes {len(candidate.placeholders)}"
         )
+    if reference.signature.out_spec != candidate.signature.out_spec:
+        raise ClaimBroken(f"{reference.name} and {candidate.name} do not return the same structure (keys, classes, lengths)")
+    if draws(reference) != draws(candidate):
+        raise ClaimBroken(f"only one of {reference.name} and {candidate.name} draws random numbers (dropout in training mode)")
     worst = original = 0.0
     sizes, notes = list[str](), list[str]()
-    first: Sample | None = None
-    for sample in samples(reference):
+    example = as_given(reference)
+    for sample in (example, *samples(reference)):
         try:
             oracle = _run(reference, sample, torch.float64)
         except Exception as failure:
-            if first is None:
+            if sample is example:
                 raise
             notes.append(f"not checked at {sample.sizes}: the reference fails there ({type(failure).__name__})")
             continue
-        first = first or sample
         was, now = _compare(reference, candidate, sample, oracle, claim)
         original, worst = max(original, was), max(worst, now)
         sizes.append(sample.sizes)
     gradient, count = None, 0
-    if gradients and first is not None:
-        gradient, count = _compare_gradients(reference, candidate, first, claim)
+    if gradients:
+        gradient, count = _compare_gradients(reference, candidate, example, claim)
     return Evidence(worst, gradient, count, original, worst, tuple(sizes), 0, tuple(notes))
+
+
+def draws(program: Program) -> bool:
+    """Whether a run draws random numbers: an active dropout, or any other op that does."""
+    return any(_draws(node) for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+
+
+def _draws(node: fx.Node) -> bool:
+    given = arguments(node)
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(given["dropout_p"] != 0.0)
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    return bool(given.get("train", True) is not False and given.get("p", 1.0) != 0.0)
 
 
 @torch.no_grad()
@@ -78,12 +95,13 @@ def _compare(
     was = now = 0.0
     for index, (a, b, o) in enumerate(zip(before, after, oracle, strict=True)):
         if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
-            raise ClaimBroken(f"output {index} is {list(a.shape)} {a.dtype} in {reference.name} and {list(b.shape)} {b.dtype} "
-                              f"in {candidate.name}, at {sample.sizes}")  # fmt: skip
-        error_before, error_after = relative_error(a, o), relative_error(b, o)
+            raise ClaimBroken(
+                f"output {index} is {list(a.shape)} {a.dtype} in {reference.name} and {list(b.shape)} {b.dtype} "
+                f"in {candidate.name}, at {sample.sizes}"
+            )
+        error_before, error_after = errors_against(a, b, o)
         was, now = max(was, error_before), max(now, error_after)
-        floating = isinstance(a, Tensor) and a.is_floating_point()
-        limit = allowed(error_before, a.dtype) if floating else 0.0
+        limit = allowed(error_before, a.dtype) if isinstance(a, Tensor) and floating(a) else 0.0
         if claim.forward == "bitwise" and not _identical(a, b):
             raise ClaimBroken(f"output {index} is not bit for bit the same at {sample.sizes}; the claim is '{claim.name}'")
         if claim.exact and not error_after <= limit:
@@ -96,7 +114,7 @@ def _compare(
 
 def _identical(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
+        return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
     return type(a) is type(b) and bool(a == b)
 
 
@@ -110,21 +128,33 @@ def _compare_gradients(reference: Program, candidate: Program, sample: Sample, c
     mapped = {name: weight for name in candidate.weights if (weight := candidate.weights[name]).edited}
     mine = _gradients(reference, sample, leaves, lambda name: leaves.get(name))
     theirs = _gradients(candidate, sample, leaves, lambda name: _shared(reference, candidate, name, leaves))
-    floor = max((float(g.abs().max()) for g in mine.values() if g is not None and g.numel()), default=0.0) * FLOOR
-    worst, count = 0.0, 0
-    for name, a in mine.items():
-        b = theirs[name]
-        if name in leaves and not any(name in (w, *_leaves_of(candidate, w)) for w in candidate.weights):
-            continue  # a parameter the candidate does not have under any form
-        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
-        scale = max(float(a.abs().max()) if a.numel() else 0.0, floor)
-        error = float((a - b).abs().max()) / scale if scale > 0 else 0.0
-        worst, count = max(worst, error), count + 1
+    floor = max((magnitude(g) for g in mine.values() if g is not None), default=0.0) * FLOOR
+    had = {
+        _twin(reference, candidate, leaf) or leaf
+        for name in candidate.weights
+        for leaf in leaves_of(candidate.weights[name].expression)
+    }
+    compared = [name for name in mine if name not in leaves or name in had]
+    if leaves and not any(name in leaves for name in compared):
+        raise UsageError(
+            f"no gradient of a parameter can be compared: {candidate.name} has none of the parameters of {reference.name}",
+            hint="give both the same parameter names, or leave gradients=False",
+        )
+    worst = 0.0
+    for name in compared:
+        zero = torch.zeros_like(_first(mine[name], theirs[name]))
+        a, b = (zero if g is None else g for g in (mine[name], theirs[name]))
+        worst = max(worst, relative_error(b, a, floor=floor))
+    count = len(compared)
     dtype = next((t.dtype for t in reference.weights.leaves.values() if t.is_floating_point()), torch.float32)
     limit = GRADIENT if mapped or dtype is torch.float64 else 4 * ROUNDING * torch.finfo(dtype).eps
     if claim.gradient in ("bitwise", "equal") and not worst <= limit:
         raise ClaimBroken(f"gradients of {candidate.name} differ by {worst:.1e} from those of {reference.name}")
     return worst, count
+
+
+def _first(*found: Tensor | None) -> Tensor:
+    return next((x for x in found if x is not None), torch.zeros(()))
 
 
 def _gradients(program: Program, sample: Sample, leaves: Mapping[str, Tensor], weight: Any) -> dict[str, Tensor | None]:
@@ -160,10 +190,16 @@ def _shared(reference: Program, candidate: Program, name: str, leaves: Mapping[s
     if weight.edited:
         known = lambda leaf: leaves[leaf] if leaf in leaves else candidate.weights.leaves[leaf].to(torch.float64)  # noqa: E731
         return evaluate(weight.expression, known)
-    if name in leaves and reference.weights.leaves[name].shape == candidate.weights.leaves[name].shape:
-        return leaves[name] if torch.equal(reference.weights.leaves[name], candidate.weights.leaves[name]) else None
-    return None
+    twin = _twin(reference, candidate, name)
+    return leaves.get(twin) if twin is not None else None
 
 
-def _leaves_of(program: Program, name: str) -> tuple[str, ...]:
-    return tuple(leaves_of(program.weights[name].expression))
+def _twin(reference: Program, candidate: Program, name: str) -> str | None:
+    """The reference's name of a leaf of the candidate: the same memory, or the same name and values."""
+    tensor = candidate.weights.leaves[name]
+    for other, leaf in reference.weights.leaves.items():
+        if leaf.shape == tensor.shape and leaf.stride() == tensor.stride() and leaf.data_ptr() == tensor.data_ptr() != 0:
+            return other
+    twin = reference.weights.leaves.get(name)
+    same = twin is not None and twin.shape == tensor.shape and twin.dtype == tensor.dtype and torch.equal(twin, tensor)
+    return name if same else None

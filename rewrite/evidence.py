@@ -53,10 +53,13 @@ class Evidence:
         return ", ".join(parts)
 
 
-def relative_error(value: object, reference: object) -> float:
+def relative_error(value: object, reference: object, *, floor: float = 0.0) -> float:
     """max|value - reference| / max|reference|; infinite where they are not even comparable.
 
     Both NaN or both the same infinity in one place agree there. Integers, booleans and non-tensors agree or do not.
+
+    Args:
+        floor: the scale is at least this: what is left of a cancellation is measured on what was cancelled.
 
     Example:
         >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
@@ -66,16 +69,46 @@ def relative_error(value: object, reference: object) -> float:
         return 0.0 if type(value) is type(reference) and value == reference else float("inf")
     if value.shape != reference.shape:
         return float("inf")
-    if not reference.is_floating_point() and not reference.is_complex():
+    if not floating(reference):
         return 0.0 if torch.equal(value, reference) else float("inf")
-    if reference.numel() == 0:
-        return 0.0
-    wide = torch.complex128 if reference.is_complex() else torch.float64
-    a, b = value.detach().to(wide), reference.detach().to(wide)
+    a, b = _wide(value), _wide(reference)
     settled = (a == b) | (a.isnan() & b.isnan())
     if bool(settled.all()):
         return 0.0
-    finite = torch.where(b.isfinite(), b.abs(), 0.0).max()
-    difference = torch.where(settled, 0.0, (a - b).abs()).max()
-    error = float(difference / finite) if finite > 0 else float(difference)
+    scale = max(magnitude(b), floor)
+    difference = float(torch.where(settled, 0.0, (a - b).abs()).max())
+    error = difference / scale if scale > 0 else difference
     return error if error == error else float("inf")
+
+
+def errors_against(before: object, after: object, oracle: object) -> tuple[float, float]:
+    """The errors of an original and of a rewritten output, both in their own dtype, against a float64 oracle.
+
+    Where the original is not finite there is nothing to be close to: the rewritten output must be the same there. An output
+    that is not floating must be the original's (an index may differ from the oracle's by a tie that rounding decides).
+    """
+    if not isinstance(before, Tensor) or not isinstance(oracle, Tensor) or not floating(before):
+        return 0.0, relative_error(after, before)
+    if not isinstance(after, Tensor) or after.shape != before.shape:
+        return 0.0, float("inf")
+    finite = before.isfinite()
+    same = (after == before) | (after.isnan() & before.isnan())
+    if not bool((finite | same).all()):
+        return 0.0, float("inf")
+    ours, theirs, true = (torch.where(finite, _wide(x), 0.0) for x in (before, after, oracle))
+    return relative_error(ours, true), relative_error(theirs, true)
+
+
+def floating(x: Tensor) -> bool:
+    """Whether a tensor has real or complex entries."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def magnitude(x: Tensor) -> float:
+    """max|x| over the finite entries; 0 if there are none."""
+    wide = _wide(x)
+    return float(torch.where(wide.isfinite(), wide.abs(), 0.0).max()) if x.numel() else 0.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.complex128 if x.is_complex() else torch.float64)

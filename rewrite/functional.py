@@ -19,13 +19,7 @@ from .metas import meta_of
 from .program import Program
 from .record import silence
 from .shapes import same_shape
-
-_MARK = "tautomer_mutated"
-
-
-def opaque(node: fx.Node) -> bool:
-    """Whether the node's memory is written somewhere in the graph: a rewrite must not move or match it."""
-    return bool(node.meta.get(_MARK, False))
+from .weights import MUTATED
 
 
 def functionalize(program: Program) -> None:
@@ -41,12 +35,12 @@ def functionalize(program: Program) -> None:
 def mark_writes(program: Program) -> None:
     """Mark every node that shares memory with a remaining in-place write, and the writing call itself."""
     for node in program.graph.nodes:
-        node.meta.pop(_MARK, None)
+        node.meta.pop(MUTATED, None)
     for node in program.graph.nodes:
         for operand in writes(node):
-            node.meta[_MARK] = True
+            node.meta[MUTATED] = True
             for alias in _aliases(operand, program):
-                alias.meta[_MARK] = True
+                alias.meta[MUTATED] = True
 
 
 def _make_functional(node: fx.Node, order: dict[fx.Node, int], mode: FakeTensorMode | None) -> None:

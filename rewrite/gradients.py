@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from ._torch import storage_key
-from .evidence import relative_error
+from .evidence import magnitude, relative_error
 from .interpret import Interpretation, written
 from .program import Program, path_of, target_name
 from .relations import related
@@ -220,15 +220,17 @@ def _compare_block(
             leaf(name)
         floats = (x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad)
         wanted = [*floats, *leaf.given.values()]
-        values = _run(old, ours, inputs, leaf, relate=False)  # one side after the other: each saves its tensors
-        mine = _pull_back([related(b, values[a]) for a, b in outputs], wanted)
+        try:
+            values = _run(old, ours, inputs, leaf, relate=False)  # one side after the other: each saves its tensors
+            mine = _pull_back([related(b, values[a]) for a, b in outputs], wanted)
+        except RuntimeError as failure:  # it writes what its backward needs, for one
+            raise _CannotPairError(f"the original has none there ({str(failure).splitlines()[0]})") from failure
         values = _run(new, theirs, inputs, leaf, relate=True)
         other = _pull_back([values[b] for _, b in outputs], wanted)
-        floor = max((float(g.abs().max()) for g in mine if g is not None and g.numel()), default=0.0) * FLOOR
+        floor = max((magnitude(g) for g in mine if g is not None), default=0.0) * FLOOR
         for a, b, x in zip(mine, other, wanted, strict=True):
             a, b = (torch.zeros_like(x) if g is None else g for g in (a, b))
-            error = float((a - b).abs().max()) / max(float(a.abs().max()), floor) if floor > 0 else relative_error(b, a)
-            worst, count = max(worst, error), count + 1
+            worst, count = max(worst, relative_error(b, a, floor=floor)), count + 1
     return worst, count
 
 

@@ -25,6 +25,7 @@ from .axes import Axes, Value, blind, rank
 from .pass_base import Pass
 from .program import Program, arguments, place, source_of, target_name
 from .selection import Selection
+from .weights import opaque
 
 aten = torch.ops.aten
 
@@ -129,7 +130,7 @@ class Streams:
         return Value(self._tied.get(value.node, (value.node,))[0], value.axis)
 
     def is_weight(self, value: Value) -> bool:
-        return value.node.op == "get_attr" and value.node.target in self.program.weights
+        return value.node.op == "get_attr" and value.node.target in self.program.weights and not opaque(value.node)
 
     def centred_already(self, value: Value) -> bool:
         """Whether the mean is zero as things are: nothing to edit, and nobody to ask."""
@@ -321,5 +322,5 @@ def _source_phrase(node: fx.Node) -> str:
 def candidates(program: Program, rewrite: Pass, admits: Callable[[Pass, fx.Node], bool]) -> list[fx.Node]:
     """The LayerNorms over the last axis alone that the user admits."""
     norms = program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
-    local = (norm for norm in norms if len(arguments(norm)["normalized_shape"]) == 1 and not norm.meta.get("tautomer_mutated"))
+    local = (norm for norm in norms if len(arguments(norm)["normalized_shape"]) == 1 and not opaque(norm))
     return [norm for norm in local if admits(rewrite, norm)]

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from .claims import Claim
 from .errors import ClaimBroken
-from .evidence import FORWARD, GRADIENT, ROUNDING, Evidence, relative_error
+from .evidence import FORWARD, GRADIENT, ROUNDING, Evidence, errors_against, floating, magnitude, relative_error
 from .gradients import compare_gradients
 from .interpret import interpret
 from .program import Program, line, place, source_of
@@ -53,6 +53,8 @@ def check_program(old: Program, new: Program, claim: Claim, *, own_dtype: bool =
         if own_dtype:
             a, b = _own_dtype(old, new, sample, outputs)
             original, rewritten = max(original, a), max(rewritten, b)
+    if own_dtype and claim.exact:
+        _on_the_example(old, new, original)
     gradient, count = None, 0
     if claim.gradient in ("bitwise", "equal") and recorded is not None:
         gradient, count, unchecked = compare_gradients(old, new, recorded[1])
@@ -82,24 +84,28 @@ def _compare(
     """Worst output error and number of relations held, in float64."""
     held, lies = 0, list[tuple[fx.Node, float]]()
     first: list[tuple[fx.Node, float]] = []
+    state: dict[str, Any] = {}  # buffers that the graph writes: after the run, what it left in them
 
     def compare(node: fx.Node, value: Any) -> None:
         nonlocal held
         name = node.meta.get("origin", node.name)
+        if node.op == "get_attr":
+            state[node.name] = value
         if node.op in ("get_attr", "placeholder") or name not in values or not isinstance(value, Tensor):
             return
         stated = "relation" in node.meta
         if not stated and first:
             return  # nothing more to locate
-        error = relative_error(value, related(node, values[name]) if stated else values[name])
-        if stated:
-            held += 1
-            error = _against_scale(node, value, values[name])
+        held += stated
+        # What is left after removing a mean may be tiny: it is measured on what it was removed from.
+        floor = magnitude(values[name]) if stated else 0.0
+        error = relative_error(value, related(node, values[name]) if stated else values[name], floor=floor)
         if error > FORWARD:
             (lies if stated else first).append((node, error))
 
     results = interpret(new, sample.inputs, dtype=torch.float64, observe=compare, noise=False)
-    error = max(map(relative_error, results, outputs), default=0.0)
+    left = [relative_error(value, values[name]) for name, value in state.items() if name in values]
+    error = max([*map(relative_error, results, outputs), *left], default=0.0)
     if claim.exact and error > FORWARD and error > _conditioning(old, sample, outputs):
         node, size = (lies + first or [(new.output, error)])[0]
         raise ClaimBroken(
@@ -113,13 +119,6 @@ def _compare(
             f"{line(node)} at {place(node)} is not what the rewrite says it is, by {size:.1e}", where=source_of(node)
         )
     return error, held
-
-
-def _against_scale(node: fx.Node, value: Tensor, original: Tensor) -> float:
-    """Error of a related value, relative to the original's scale: what is left after removing a mean may be tiny."""
-    expected = related(node, original)
-    scale = float(original.abs().max()) if original.numel() else 0.0
-    return float((value - expected).abs().max()) / scale if scale > 0 else relative_error(value, expected)
 
 
 def _conditioning(program: Program, sample: Sample, outputs: tuple[Any, ...]) -> float:
@@ -156,13 +155,29 @@ def _own_dtype(old: Program, new: Program, sample: Sample, oracle: tuple[Any, ..
     before, after = interpret(old, sample.inputs, noise=False), interpret(new, sample.inputs, noise=False)
     worst = (0.0, 0.0)
     for index, (a, b, o) in enumerate(zip(before, after, oracle, strict=True)):
-        if not isinstance(a, Tensor) or not a.is_floating_point():
-            continue
-        if isinstance(b, Tensor) and b.dtype != a.dtype:
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and b.dtype != a.dtype:
             raise ClaimBroken(f"output {index} was {a.dtype} and is {b.dtype} now")
-        was, now = relative_error(a, o), relative_error(b, o)
-        if now > allowed(was, a.dtype):
-            name = str(a.dtype).removeprefix("torch.")
+        was, now = errors_against(a, b, o)
+        limit = allowed(was, a.dtype) if isinstance(a, Tensor) and floating(a) else 0.0
+        if not now <= limit:
+            name = str(getattr(a, "dtype", type(a).__name__)).removeprefix("torch.")
             raise ClaimBroken(f"in {name} output {index} is off by {now:.1e} where the original is off by {was:.1e}")
         worst = (max(worst[0], was), max(worst[1], now))
     return worst
+
+
+@torch.no_grad()
+def _on_the_example(old: Program, new: Program, original: float) -> None:
+    """The user's own example, in the user's dtype: both sides may differ by what each may differ from the oracle.
+
+    Raises:
+        ClaimBroken: they differ by more.
+    """
+    before, after = interpret(old, old.example, noise=False), interpret(new, old.example, noise=False)
+    for index, (a, b) in enumerate(zip(before, after, strict=True)):
+        _, error = errors_against(a, b, a)
+        limit = original + allowed(original, a.dtype) if isinstance(a, Tensor) and floating(a) else 0.0
+        if not error <= limit:
+            raise ClaimBroken(
+                f"on the example itself output {index} moves by {error:.1e}; the original's own error is {original:.1e}"
+            )

@@ -239,6 +239,15 @@ def _promote(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
+MUTATED = "tautomer_mutated"
+"""Metadata of a node whose memory a call in the graph writes."""
+
+
+def opaque(node: fx.Node) -> bool:
+    """Whether the node's memory is written somewhere in the graph: a rewrite must not move, match or fold it."""
+    return bool(node.meta.get(MUTATED, False))
+
+
 # -- weights in a graph ---------------------------------------------------------------------------------------
 
 
@@ -249,7 +258,7 @@ def expression_of(node: Any, weights: Weights) -> Expression | None:
     """
     if not isinstance(node, fx.Node):
         return None
-    if node.op == "get_attr":
+    if node.op == "get_attr" and not opaque(node):
         return weights[str(node.target)].expression if node.target in weights else None
     if not _reads_weights_alone(node, weights):
         return None
@@ -265,7 +274,7 @@ def _reads_weights_alone(node: fx.Node, weights: Weights) -> bool:
     seen, stack = {node}, [node]
     while stack:
         node = stack.pop()
-        if node.op == "get_attr" and node.target in weights:
+        if node.op == "get_attr" and node.target in weights and not opaque(node):
             continue
         if node.op != "call_function" or not node.all_input_nodes or not _pure(node.target):
             return False

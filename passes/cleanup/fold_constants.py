@@ -19,7 +19,7 @@ from tautomer.rewrite.ops import is_pure
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import product, static
-from tautomer.rewrite.weights import Apply, Expression
+from tautomer.rewrite.weights import Apply, Expression, opaque
 
 LARGEST = 65536
 """Elements. A larger table costs more to keep and to load than to compute."""
@@ -49,7 +49,7 @@ class FoldConstants(Pass):
 
 def _is_exact(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or node.meta.get("tautomer_mutated"):
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or opaque(node):
         return False
     size = static(product(value.shape))
     return is_pure(node.target) and size is not None and size <= LARGEST

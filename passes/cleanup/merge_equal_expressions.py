@@ -16,6 +16,7 @@ from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.ops import is_pure, normal
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
+from tautomer.rewrite.weights import opaque
 
 
 class MergeEqualExpressions(Pass):
@@ -41,7 +42,7 @@ class MergeEqualExpressions(Pass):
 
 def _spelling(node: fx.Node) -> Hashable | None:
     """What a node computes, as a key; None if two calls of it are two values."""
-    if node.meta.get("tautomer_mutated"):
+    if opaque(node):
         return None
     if node.op == "get_attr":
         return str(node.target)

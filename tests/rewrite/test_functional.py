@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tautomer.rewrite.capture import capture
-from tautomer.rewrite.functional import opaque
 from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.weights import opaque
 
 
 class Runs(nn.Module):
