@@ -39,7 +39,7 @@ def key(size: Size) -> Hashable:
     return size if isinstance(size, int) else size.node.expr
 
 
-def tensor_key(tensor: torch.Tensor) -> Hashable:
+def tensor_key(tensor: torch.Tensor) -> tuple[Hashable, ...]:
     """Everything a fake op looks at: shape, strides, dtype, device, layout, gradient."""
     return (
         tuple(map(key, tensor.shape)),

@@ -113,6 +113,29 @@ def test_a_comparison_of_sizes_does_not_fix_them():
         answers(program, torch.ones(3, 2))
 
 
+class Loop(nn.Module):
+    """A recurrence over the tokens, written as a Python loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.norm = nn.Embedding(50, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        h = torch.zeros_like(x[:, 0])
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.linear(self.norm(x[:, t])) + h)
+        return h
+
+
+def test_a_loop_over_the_length_fixes_the_length():
+    model = Loop()
+    program = capture(model, (torch.randint(0, 50, (2, 7)),))
+    assert program.notes == ["dimension 1 of 'ids' is fixed to 7"]
+    ids = torch.randint(0, 50, (5, 7))
+    assert torch.equal(answers(program, ids), model(ids).detach())
+
+
 def test_static_and_given_sizes():
     model = Block().eval()
     fixed = capture(model, (torch.randn(2, 5, 8),), dynamic_shapes=None)
