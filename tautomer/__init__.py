@@ -20,11 +20,13 @@ from ._front import (
     save,
     verify,
 )
+from ._replay import bisect, replay
 
 __all__ = [
     "Catalogue",
     "Explanation",
     "bench",
+    "bisect",
     "capture",
     "catalogue",
     "explain",
@@ -32,6 +34,7 @@ __all__ = [
     "load",
     "optimize",
     "optimize_parts",
+    "replay",
     "save",
     "verify",
 ]
