@@ -1,0 +1,42 @@
+"""The examples that take seconds run and say what they promise; the page about rewrites shows the code of one of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="examples are the checkout's")
+
+SAYS = {
+    "02_write_a_rewrite.py": [
+        "linear(linear(x, W, b), V, c) = linear(x, matmul(V, W)",
+        "compose-linears      1",
+        "a low rank is kept",
+    ],
+    "03_why_did_it_not_fire.py": [
+        "then wanted sqrt(add(…)) at norm",
+        "return x / (size + 1e-6) * self.gain",
+        "0.79788456 is not sqrt(2/pi) but 1.0e-09",
+        "is also read by aten.tanh",
+        "return x + y * self.scale + y.tanh()",
+        "raise-rounded-gelu@gelu/mul_4",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "sentences"), SAYS.items(), ids=SAYS)
+def test_it_runs_and_says(name, sentences):
+    ran = subprocess.run([sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert [sentence for sentence in sentences if sentence not in ran.stdout] == []
+
+
+def test_the_page_shows_the_class_of_the_example():
+    page, example = (ROOT / path for path in ("docs/write_a_rewrite.md", "examples/02_write_a_rewrite.py"))
+    (shown,) = re.findall(r"```python\n(class .*?)```", page.read_text(), re.DOTALL)
+    assert shown in example.read_text()
