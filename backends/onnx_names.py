@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
+import onnx_ir
 import torch
 from torch import Tensor
 
@@ -33,6 +34,51 @@ def rename(model: Any, signature: Signature, inputs: Sequence[int], outputs: Seq
     for value, name in wanted:
         value.name = name
     return [name for _, name in wanted[len(named_inputs) :]]
+
+
+def name_sizes(model: Any) -> list[list[int | str]]:
+    """Name every free size of an ``onnx_ir`` model after the input and axis it is first met at: ``input_ids_dim0``.
+
+    Returns:
+        The sizes of each input, as numbers and names.
+    """
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and str(size.value).isidentifier():
+                names.setdefault(str(size.value), f"{value.name}_dim{axis}")
+    if names:
+        met = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+        for value in [*model.graph.inputs, *inner_values(model)]:
+            if value.shape is not None:
+                sizes = [x if isinstance(x, int) else x.value for x in value.shape]
+                value.shape = onnx_ir.Shape([met.sub(lambda m: names[m[1]], x) if isinstance(x, str) else x for x in sizes])
+    return [[x if isinstance(x, int) else str(x.value) for x in value.shape or ()] for value in model.graph.inputs]
+
+
+_SIZE = r"leaves\[(\d+)\]\.size\(\)\[(\d+)\]"
+
+
+def fixed_sizes(signature: Signature) -> dict[tuple[int, int], int]:
+    """The sizes that the conditions of a call fix, by leaf and axis."""
+    found = (re.fullmatch(rf"{_SIZE} == (\d+)", condition) for condition in signature.conditions)
+    return {(int(m[1]), int(m[2])): int(m[3]) for m in found if m}
+
+
+def unsaid(signature: Signature, sizes: Mapping[int, Sequence[int | str]]) -> tuple[str, ...]:
+    """The conditions on a call that a file with these input sizes does not state itself, for a person.
+
+    Args:
+        sizes: the sizes of the file's inputs, as numbers and names, by leaf.
+    """
+    left = []
+    for condition in dict.fromkeys(signature.conditions):
+        met = [sizes.get(int(leaf), ())[int(axis) : int(axis) + 1] for leaf, axis in re.findall(_SIZE, condition)]
+        numbers = all(size and isinstance(size[0], int) for size in met)
+        equal = re.fullmatch(f"{_SIZE} == {_SIZE}", condition) and met[0] and met[0] == met[1]
+        if not numbers and not equal:
+            left.append(signature.describe(condition))
+    return tuple(left)
 
 
 def name_weights(model: Any, weights: Mapping[str, Tensor]) -> None:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from tautomer.rewrite._torch import oblivious_sizes
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.program import Program
+from tautomer.rewrite.shapes import static
 
 from .onnx_check import PROVIDERS, Reference, compare, tensor_outputs
-from .onnx_names import name_weights, rename
+from .onnx_names import fixed_sizes, name_sizes, name_weights, rename, unsaid
 from .onnx_table import table
 from .to_torch import to_torch
 
@@ -47,6 +48,8 @@ class OnnxReport:
         bytes: its size, external weights included.
         error: the worst relative error of an output against PyTorch; None if it was not checked.
         sizes: the input sizes it was checked at.
+        conditions: what else the sizes of its inputs must satisfy. The file cannot hold a call to them: at other sizes the
+            user's forward takes another branch and the file is wrong.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class OnnxReport:
     bytes: int
     error: float | None = None
     sizes: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         most = ", ".join(f"{count} {name}" for name, count in Counter(self.nodes).most_common(6))
@@ -64,6 +68,8 @@ class OnnxReport:
             lines.append("not run on ONNX Runtime")
         else:
             lines.append(f"ONNX Runtime ({self.provider}) against PyTorch: {self.error:.1e} at {'; '.join(self.sizes)}")
+        if self.conditions:
+            lines.append(f"only for sizes with {', '.join(self.conditions)}")
         return "\n".join(lines)
 
     def __rich__(self) -> str:
@@ -84,7 +90,11 @@ def to_onnx(
     """Write ``program`` to ``path``; nothing is left behind if it cannot be written or does not agree.
 
     Inputs are named like the arguments of the user's ``forward``, outputs like the fields it returns, initializers like
-    the weights. Arguments that are no tensors are part of the graph. Weights above 2 GB go to ``<path>.data``.
+    the weights, free sizes like the input and axis they are first met at (``input_ids_dim0``). Arguments that are no
+    tensors are part of the graph. Weights above 2 GB go to ``<path>.data``.
+
+    Sizes that the capture fixed are fixed in the file. Other conditions on sizes (``x.shape[1] > 10``, a branch of the
+    forward) have no form in ONNX: they stand in the report and in the file's metadata.
 
     Args:
         provider: "cpu" or "cuda": where the file is checked.
@@ -108,6 +118,8 @@ def to_onnx(
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
     inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
     outputs = rename(model, program.signature, inputs, tensor_outputs(program))
+    conditions = unsaid(program.signature, dict(zip(inputs, name_sizes(model), strict=True)))
+    model.metadata_props["tautomer.conditions"] = ", ".join(conditions)
     model.metadata_props["tautomer.version"] = version("tautomer")
     model.metadata_props["tautomer.rewrites"] = ", ".join(rewrites)
     nodes = Counter(node.op_type for node in model.graph.all_nodes())
@@ -119,7 +131,7 @@ def to_onnx(
         total = sum(x.stat().st_size for x in files)
         for written in files:
             os.replace(written, target.parent / written.name)
-    return OnnxReport(target, opset, provider, dict(nodes), total, error, sizes)
+    return OnnxReport(target, opset, provider, dict(nodes), total, error, sizes, conditions)
 
 
 # -- before any work ------------------------------------------------------------------------------------------
@@ -153,9 +165,7 @@ def _validate(program: Program, provider: str, opset: int) -> None:
 def _translate(program: Program, module: nn.Module, opset: int, dynamic: bool) -> Any:
     """The ONNX program, from a fresh export of the emitted module on tensors alone."""
     tensors = [x for x in program.example if isinstance(x, Tensor)]
-    free = [x.meta["val"] for x in program.placeholders if isinstance(x.meta.get("val"), Tensor)]
-    auto = torch.export.Dim.AUTO
-    sizes = tuple({axis: auto for axis, size in enumerate(x.shape) if dynamic and isinstance(size, torch.SymInt)} for x in free)
+    sizes = tuple(dict.fromkeys(axes if dynamic else (), torch.export.Dim.AUTO) for axes in _free(program))
     degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
     rows = table(opset)
     try:
@@ -172,6 +182,15 @@ def _translate(program: Program, module: nn.Module, opset: int, dynamic: bool) -
         missing = sorted(set(re.findall(r"No ONNX function found for.*?op='([\w.]+)'", str(error))))
         reason = f"no translation of {', '.join(missing)}" if missing else _root(error)
         raise ExportError(f"{program.name} cannot be written as ONNX opset {opset}: {reason}") from error
+
+
+def _free(program: Program) -> Iterator[list[int]]:
+    """For every tensor input the axes whose size the capture left free; a condition may fix what the graph does not."""
+    for index, node in enumerate(program.placeholders):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            given = {axis for leaf, axis in fixed_sizes(program.signature) if leaf == index}
+            yield [axis for axis, size in enumerate(value.shape) if static(size) is None and axis not in given]
 
 
 @contextlib.contextmanager

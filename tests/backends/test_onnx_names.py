@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from tautomer.backends.onnx_names import fields, identifier, unique
+from tautomer.backends.onnx_names import fields, fixed_sizes, identifier, unique, unsaid
 from tautomer.backends.to_onnx import to_onnx
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.capture import capture
+from tautomer.rewrite.signature import Signature
 
 
 @dataclasses.dataclass
@@ -72,3 +73,12 @@ def test_nested_inputs_are_named_by_their_path(tmp_path):
     batch = {"x": torch.randn(2, 4), "more": [torch.randn(2, 4)]}
     inputs, outputs, _ = names_of(Model(), (batch,), tmp_path)
     assert inputs == ["batch_x", "batch_more_0"] and outputs == ["output_0", "output_1"]
+
+
+def test_conditions_that_the_file_states_itself_are_not_said_again():
+    fixed, same, less = "leaves[0].size()[1] == 7", "leaves[0].size()[0] == leaves[1].size()[0]", "leaves[1].size()[1] < 9"
+    signature = Signature("Net", (), 2, (), None, None, {}, ("x", "y"), (fixed, same, less, less))
+    assert fixed_sizes(signature) == {(0, 1): 7}
+    assert unsaid(signature, {0: ["b", 7], 1: ["b", "n"]}) == ("y.shape[1] < 9",)
+    assert unsaid(signature, {0: ["b", 7], 1: ["c", 8]}) == ("x.shape[0] == y.shape[0]",)
+    assert unsaid(signature, {0: ["b", "n"], 1: ["b", 8]}) == ("x.shape[1] == 7",)

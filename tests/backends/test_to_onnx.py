@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from transformers import RwkvConfig, RwkvModel
 from zoo.models import ZOO
 
 from tautomer.backends import to_onnx as module
@@ -103,6 +104,47 @@ def test_a_mismatch_names_the_worst_output_and_leaves_the_old_file(tmp_path):
     with pytest.raises(ExportError, match=r"disagree on 'kept': relative error 1\.0e-02|9\.9e-03"):
         to_onnx(captured, path, reference=reference)
     assert path.read_bytes() == b"what was there" and leftovers(tmp_path) == ["net.onnx"]
+
+
+class Branch(nn.Module):
+    def forward(self, x, mask):
+        return x * 2 * mask if x.shape[1] > 10 else x
+
+
+FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+
+
+def shapes(values) -> list[list[int | str]]:
+    return [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in values]
+
+
+def test_a_branch_on_sizes_is_said_and_checked_where_it_was_captured(tmp_path):
+    model = Branch().eval()
+    captured = capture(model, (torch.randn(2, 12, 4), torch.randn(2, 12, 1)), dynamic_shapes=(FREE, FREE))
+    report = to_onnx(captured, tmp_path / "net.onnx", reference=model)
+    assert report.sizes == tuple(f"x[{b}, {n}, 4], mask[{b}, {n}, 1]" for b, n in ((2, 12), (1, 13)))
+    assert report.conditions == ("x.shape[1] > 10",) and "only for sizes with x.shape[1] > 10" in str(report)
+    written = onnx.load(tmp_path / "net.onnx")
+    assert {p.key: p.value for p in written.metadata_props}["tautomer.conditions"] == "x.shape[1] > 10"
+    names = ["x_dim0", "x_dim1"]
+    assert shapes(written.graph.input) == [[*names, 4], [*names, 1]] and shapes(written.graph.output) == [[*names, 4]]
+    assert to_onnx(captured, tmp_path / "fixed.onnx", dynamic=False).conditions == ()
+
+
+def test_a_size_that_the_capture_fixed_is_fixed_in_the_file(tmp_path):
+    # The loop of an RWKV: the graph itself would run at any length, and be wrong there.
+    model, inputs = RWKV()
+    captured = capture(model, inputs)
+    assert "leaves[0].size()[1] == 7" in captured.signature.conditions
+    report = to_onnx(captured, tmp_path / "net.onnx", reference=model)
+    assert report.conditions == () and report.sizes == ("input_ids[2, 7]", "input_ids[1, 7]")
+    assert shapes(onnx.load(tmp_path / "net.onnx").graph.input) == [["input_ids_dim0", 7]]
+
+
+def RWKV() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    options = {"hidden_size": 8, "num_hidden_layers": 2, "attention_hidden_size": 8, "intermediate_size": 8}
+    config = RwkvConfig(vocab_size=20, context_length=16, use_cache=False, **options)
+    return RwkvModel(config).eval(), (torch.randint(1, 20, (2, 7)),)
 
 
 def test_unchecked_is_said(tmp_path):
