@@ -143,15 +143,14 @@ def _revive_body(graph: list[Any], children: Mapping[str, nn.Module]) -> Body:
 
 def python_signature(signature: Signature) -> inspect.Signature:
     """The user's ``forward`` as Python shows it; what was captured beyond its names is ``*args`` and ``**kwargs``."""
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    for argument in signature.arguments:
-        if argument.default is inspect.Parameter.empty and parameters[-1].default is not inspect.Parameter.empty:
-            kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(argument.name, kind, default=argument.default))
     names = {argument.name for argument in signature.arguments}
-    if signature.positional > len(names):
-        parameters.append(inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL))
+    own, rest, more = ("_" * (name in names) + name for name in ("self", "args", "kwargs"))
+    parameter, by_position = inspect.Parameter, [x for x in signature.arguments if not x.keyword_only]
+    parameters = [parameter(own, parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [parameter(x.name, parameter.POSITIONAL_OR_KEYWORD, default=x.default) for x in by_position]
+    if signature.positional > len(by_position):
+        parameters.append(parameter(rest, parameter.VAR_POSITIONAL))
+    parameters += [parameter(x.name, parameter.KEYWORD_ONLY, default=x.default) for x in signature.arguments if x.keyword_only]
     if not names.issuperset(signature.keywords):
-        parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+        parameters.append(parameter(more, parameter.VAR_KEYWORD))
     return inspect.Signature(parameters)

@@ -62,11 +62,14 @@ def decode_signature(data: dict[str, Any]) -> Signature:
 
 def _encode_argument(argument: Argument) -> dict[str, Any]:
     data: dict[str, Any] = {"name": argument.name}
+    if argument.keyword_only:
+        data["keyword_only"] = True
     return data if argument.default is _REQUIRED else {**data, "default": encode(argument.default)}
 
 
 def _decode_argument(data: dict[str, Any]) -> Argument:
-    return Argument(data["name"], decode(data["default"], {})) if "default" in data else Argument(data["name"])
+    default = decode(data["default"], {}) if "default" in data else _REQUIRED
+    return Argument(data["name"], default, data.get("keyword_only", False))
 
 
 def _only_arithmetic(condition: str) -> None:

@@ -48,7 +48,7 @@ def build(
     names = iter(signature.leaf_names)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            mapped[node] = graph.placeholder(re.sub(r"\W+", "_", next(names)).strip("_"))
+            mapped[node] = _placeholder(graph, next(names))
             mapped[node].meta = dict(node.meta)
         elif node.op == "output":
             graph.output(fx.node.map_arg(tuple(node.args[0]), mapped.__getitem__))
@@ -60,6 +60,15 @@ def build(
         spell(node)
     drop_dead(graph)
     return program
+
+
+def _placeholder(graph: fx.Graph, leaf: str) -> fx.Node:
+    """The input named after a leaf. Its target is its name, which the graph keeps apart from every other name: the
+    emitted code takes the targets as arguments, and computes with the names."""
+    name = re.sub(r"\W+", "_", leaf).strip("_")
+    node = graph.create_node("placeholder", name, name="self_" if name == "self" else name)
+    node.target = node.name
+    return node
 
 
 def drop_dead(graph: fx.Graph) -> bool:

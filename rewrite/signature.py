@@ -24,10 +24,11 @@ _REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Argument:
-    """One parameter of the user's ``forward``: its name and its default."""
+    """One parameter of the user's ``forward``: its name, its default, and whether it is given by name alone."""
 
     name: str
     default: Any = _REQUIRED
+    keyword_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Signature:
         cls, forward: Callable[..., Any], owner: str, args: Sequence[Any], kwargs: Mapping[str, Any], out_spec: Any
     ) -> Signature:
         """The signature of the captured call ``forward(*args, **kwargs)``."""
-        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = inspect.signature(forward).parameters.values()
-        arguments = tuple(Argument(p.name, p.default) for p in parameters if p.kind in named)
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind not in variadic]
+        arguments = tuple(Argument(p.name, p.default, p.kind is inspect.Parameter.KEYWORD_ONLY) for p in parameters)
         paths, in_spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
-        names = tuple(_leaf_name(path, arguments) for path, _ in paths)
+        by_position = [argument.name for argument in arguments if not argument.keyword_only]
+        names = tuple(_leaf_name(path, by_position) for path, _ in paths)
         constants = {i: leaf for i, (_, leaf) in enumerate(paths) if not isinstance(leaf, torch.Tensor)}
         return cls(owner, arguments, len(args), tuple(kwargs), in_spec, out_spec, constants, names)
 
@@ -77,7 +79,7 @@ class Signature:
             UsageError: an argument is missing, unknown, was not given when the model was captured, has another
                 structure, or is a constant with another value.
         """
-        names = [argument.name for argument in self.arguments]
+        names = [argument.name for argument in self.arguments if not argument.keyword_only]
         given = dict(zip(names, args, strict=False))
         extra = list(args[len(names) :])
         for name, value in kwargs.items():
@@ -177,11 +179,11 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _leaf_name(path: Any, arguments: Sequence[Argument]) -> str:
+def _leaf_name(path: Any, by_position: Sequence[str]) -> str:
     """``(0, 2, 'mask')`` is the third positional argument's entry ``mask``."""
     _, first, *rest = path
     index = getattr(first, "idx", None)
     name = getattr(first, "key", None)
     if name is None:
-        name = arguments[index].name if index is not None and index < len(arguments) else f"args[{index}]"
+        name = by_position[index] if index is not None and index < len(by_position) else f"args[{index}]"
     return str(name) + pytree.keystr(tuple(rest))

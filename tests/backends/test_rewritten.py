@@ -79,6 +79,24 @@ def test_conditions_of_the_capture_are_held():
         module(torch.zeros(7, 2))
 
 
+class Rest(nn.Module):
+    def forward(self, self_, x, *rest, scale=1.0, args=0.0):
+        return (self_ + x + sum(rest)) * scale + args
+
+
+def test_values_beyond_the_positional_arguments_take_no_keywords_name():
+    module = to_torch(capture(Rest(), (X, X, X, X), {"scale": MASK}))
+    assert torch.equal(module(X, X, X, X, scale=2 * MASK), Rest()(X, X, X, X, scale=2 * MASK))
+    with pytest.raises(UsageError, match="needs the argument|positional"):
+        module(X, X, X, scale=MASK)
+    expected = "(self_, x, *_args, scale=1.0, args=0.0)"
+    assert str(inspect.signature(module.forward)) == expected
+    again = pickle.loads(pickle.dumps(module))
+    assert str(inspect.signature(again.forward)) == expected and torch.equal(
+        again(X, X, X, X, scale=MASK), module(X, X, X, X, scale=MASK)
+    )
+
+
 def test_the_signature_is_the_users():
     module, model = emitted()
     assert list(inspect.signature(module.forward).parameters) == list(inspect.signature(model.forward).parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import keyword
+
 import torch
 from torch import nn
 
@@ -30,6 +32,19 @@ def test_names_paths_and_sources():
     assert [path_of(n) for n in program.graph.find_nodes(op="call_function", target=aten.layer_norm.default)] == ["block.1", ""]
     assert str(source_of(linear)).endswith("normalized_shape=[4], weight=None, eps=1e-5) + other")
     assert all("val" in node.meta for node in program.graph.nodes if node.op != "output")
+
+
+def test_every_input_has_a_name_of_its_own():
+    class Names(nn.Module):
+        def forward(self, self_, X, x, named, named_a, *rest, **more):
+            return self_ + X * 2 + x * 3 + named["a"] * 4 + named_a * 5 + rest[0] * 6 + more["class"] * 7
+
+    xs = [torch.randn(2, 4) for _ in range(7)]
+    program = capture(Names(), (*xs[:3], {"a": xs[3]}, *xs[4:6]), {"class": xs[6]})
+    names = [node.target for node in program.placeholders]
+    assert len(set(names)) == 7 and "self" not in names and all(name.isidentifier() for name in names)
+    assert names == [node.name for node in program.placeholders]
+    assert names[0] == "self_" and not any(map(keyword.iskeyword, names))
 
 
 def test_arguments_stand_by_position_and_defaults_are_left_out():
