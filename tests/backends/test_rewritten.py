@@ -87,7 +87,7 @@ class Rest(nn.Module):
 def test_values_beyond_the_positional_arguments_take_no_keywords_name():
     module = to_torch(capture(Rest(), (X, X, X, X), {"scale": MASK}))
     assert torch.equal(module(X, X, X, X, scale=2 * MASK), Rest()(X, X, X, X, scale=2 * MASK))
-    with pytest.raises(UsageError, match="needs the argument|positional"):
+    with pytest.raises(UsageError, match=r"needs the argument|positional"):
         module(X, X, X, scale=MASK)
     expected = "(self_, x, *_args, scale=1.0, args=0.0)"
     assert str(inspect.signature(module.forward)) == expected
