@@ -125,25 +125,30 @@ def _groups(passes: Sequence[Pass]) -> list[list[Pass]]:
 def _apply_one_by_one(
     passes: Sequence[Pass], program: Program, original: Program, context: Context, outcome: Outcome
 ) -> Evidence | None:
-    """Replay, checking after every group; a group whose claim breaks is undone and named."""
+    """Replay, checking after every pass; one whose claim breaks is undone and named.
+
+    Rules that run together are admitted one after the other: each joins those that stood the check before it.
+    """
     evidence: Evidence | None = None
     for group in _groups(passes):
-        before, fired = program.copy(), len(context.log.applications)
-        noted, fuel = len(context.log.notes), context.fuel
-        with no_new_guards(program.fake_mode):
-            _apply(group, program, context)
-        if len(context.log.applications) == fired:
-            continue
-        try:
-            evidence = check_program(original, program, claim_of(context.log, passes))
-        except ClaimBroken as broken:
-            program.restore(before)
-            context.fuel = fuel
-            for name in dict.fromkeys(application.rewrite for application in context.log.applications[fired:]):
-                outcome.withdrawn[name] = broken.what
-                context.log.refuse(Refusal(name, name, f"rolled back, its claim broke: {broken.what}", broken.where))
-            del context.log.applications[fired:]
-            del context.log.notes[noted:]
+        standing: list[Pass] = []
+        for rewrite in group:
+            before, fired = program.copy(), len(context.log.applications)
+            noted, fuel = len(context.log.notes), context.fuel
+            with no_new_guards(program.fake_mode):
+                _apply([*standing, rewrite], program, context)
+            try:
+                if len(context.log.applications) > fired:
+                    evidence = check_program(original, program, claim_of(context.log, passes))
+                standing.append(rewrite)
+            except ClaimBroken as broken:
+                program.restore(before)
+                context.fuel = fuel
+                outcome.withdrawn[rewrite.name] = broken.what
+                reason = f"rolled back, its claim broke: {broken.what}"
+                context.log.refuse(Refusal(rewrite.name, rewrite.name, reason, broken.where))
+                del context.log.applications[fired:]
+                del context.log.notes[noted:]
     return evidence
 
 

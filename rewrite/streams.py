@@ -232,15 +232,25 @@ class Streams:
         if self.is_weight(value) or self.centred_already(value):
             return False
         found = self.carriers(value)
-        return found is None or bool(self.observers[value]) or any(self.is_weight(c) and self.blocked(c) for c in found)
+        return found is None or bool(self.observers[value]) or any(self._tied_to(c) is not None for c in found)
+
+    def _tied_to(self, value: Value) -> str | None:
+        """Where a weight is read in another role, one that needs its mean; None for a weight that may be edited, or no weight."""
+        if not self.is_weight(value):
+            return None
+        for carried in self._ordered(self._closure({value}, lambda v: self.onward[v])):
+            for observer in self.observers[carried]:
+                return place(observer)
+        return "another view of its storage" if self.blocked(value) else None
 
     def _cause(self, value: Value) -> str:
         found = self.carriers(value)
         if found is None:
             return _source_phrase(value.node)
-        for weight in (c for c in found if self.is_weight(c) and self.blocked(c)):
-            readers = " and ".join(place(observer) for observer in self.observers[weight]) or "another view of its storage"
-            return f"the weight {weight.node.target} is tied: {readers} reads it too and needs its mean"
+        for weight in found:
+            other = self._tied_to(weight)
+            if other is not None:
+                return f"the weight {weight.node.target} is tied: {other} reads it too and needs its mean"
         return self._observed(value, self.observers[value][0])
 
     def _observed(self, value: Value, observer: fx.Node) -> str:
