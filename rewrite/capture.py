@@ -145,13 +145,21 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
             continue
         if verdicts.count(True) > most:
             best, most = program, verdicts.count(True)
-        if most == len(verdicts):
+        if most == len(verdicts) or (call.embedded and most and _fixes_length(best, call)):
             break
     if best is None:
         assert failure is not None
         raise failure
     best.notes = [*_notes(call), *_size_notes(best, call, dynamic_shapes)]
     return best
+
+
+def _fixes_length(program: Program | None, call: Call) -> bool:
+    """Whether the batch is free and the length is not, in every input that has one: no other plan will do better."""
+    assert program is not None
+    sizes = [(node.meta.get("val"), size) for node, size in zip(program.placeholders, _wanted(call, call.leaves), strict=True)]
+    free = [(static(value.shape[dim]) is None, dim) for value, size in sizes if isinstance(value, Tensor) for dim in size or ()]
+    return all(is_free == (dim == 0) for is_free, dim in free)
 
 
 def _plans(call: Call, dynamic_shapes: Any) -> Iterator[_Plan]:
@@ -165,12 +173,21 @@ def _plans(call: Call, dynamic_shapes: Any) -> Iterator[_Plan]:
         if call.batch == 1:
             larger = resized(call, batch=2)
             leaves = leaves if answer(call, larger, None) is None else larger
-        sizes = automatic_sizes(leaves, call.length, call.cached)
+        sizes = _wanted(call, leaves)
+        batch: list[Sizes] = [{0: size[0]} if size else None for size in sizes]  # type: ignore[index]
         yield _Plan(leaves, sizes)
+        if call.embedded and sizes != batch:
+            # The second size was a guess, worth one export.
+            sizes = batch
+            yield _Plan(leaves, sizes)
         yield _Plan(leaves, sizes, oblivious=True)
-        if any(size is not None and len(size) > 1 for size in sizes):
-            yield _Plan(leaves, [{0: size[0]} if size else None for size in sizes])  # type: ignore[index]
+        if sizes != batch:
+            yield _Plan(leaves, batch)
     yield fixed
+
+
+def _wanted(call: Call, leaves: Sequence[Any]) -> list[Sizes]:
+    return automatic_sizes(leaves, call.length, call.cached, call.embedded)
 
 
 def _attempt(call: Call, plan: _Plan, both: bool) -> Program:
@@ -231,8 +248,7 @@ def _notes(call: Call) -> Iterator[str]:
 def _size_notes(program: Program, call: Call, dynamic_shapes: Any) -> Iterator[str]:
     if dynamic_shapes != "auto":
         return
-    wanted = automatic_sizes(call.leaves, call.length, call.cached)
-    for name, node, size in zip(call.names, program.placeholders, wanted, strict=True):
+    for name, node, size in zip(call.names, program.placeholders, _wanted(call, call.leaves), strict=True):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not size or not node.users:
             continue

@@ -47,7 +47,9 @@ class Call:
         names: one name per leaf, for messages.
         recording: what the eager run showed.
         batch: the first size that most leaves share, None if there is no tensor with dimensions.
-        length: the second size of ``[batch, sequence]`` integers, None if there are none.
+        length: the second size of ``[batch, sequence]`` integers, or without them of ``[batch, sequence, width]`` numbers,
+            None if there are none.
+        embedded: whether the length was taken from numbers, whose second size may also be a number of channels.
         cached: for every leaf, whether it is inside an object of a registered class, such as a cache.
     """
 
@@ -60,6 +62,7 @@ class Call:
     recording: Recording
     batch: int | None
     length: int | None
+    embedded: bool
     cached: tuple[bool, ...]
 
     @contextlib.contextmanager
@@ -99,7 +102,10 @@ def call_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     batch = _most_common(size[0] for size in sizes)
     length = _most_common(leaf.shape[1] for leaf in leaves if _is_tokens(leaf))
     cached = tuple(_inside_classes(own))
-    return Call(model, own[0], own[1], tuple(leaves), in_spec, names, recording, batch, length, cached)
+    if embedded := length is None:
+        found = _most_common(x.shape[1] for x, inside in zip(leaves, cached, strict=True) if not inside and _is_embedded(x))
+        length = found if found and found > 2 else None
+    return Call(model, own[0], own[1], tuple(leaves), in_spec, names, recording, batch, length, embedded, cached)
 
 
 def _record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
@@ -215,8 +221,9 @@ def resized(call: Call, *, batch: int | None = None, length: int | None = None) 
             return leaf
         if batch is not None and call.batch and leaf.shape[0] == call.batch:
             leaf = leaf.detach()[torch.arange(batch, device=leaf.device) % call.batch].clone()
-        if length is not None and leaf.dim() == 2 and leaf.shape[1] == call.length:
-            leaf = leaf[:, :length].clone()
+        if length is not None and (leaf.dim() == 2 or _is_embedded(leaf)) and leaf.shape[1] == call.length:
+            rows = length if leaf.dim() == 2 and leaf.shape[0] == call.length != call.batch else leaf.shape[0]
+            leaf = leaf.detach()[:rows, :length].clone()
         return leaf
 
     return [change(leaf) for leaf in call.leaves]
@@ -272,6 +279,10 @@ def _close(a: Any, b: Any) -> bool:
 
 def _is_tokens(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() == 2 and not leaf.is_floating_point() and not leaf.is_complex()
+
+
+def _is_embedded(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() == 3 and leaf.is_floating_point()
 
 
 def _most_common(sizes: Iterator[int]) -> int | None:

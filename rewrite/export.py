@@ -60,26 +60,28 @@ def export(
 # -- which sizes are dynamic ----------------------------------------------------------------------------------
 
 
-def automatic_sizes(leaves: Sequence[Any], length: int | None, cached: Sequence[bool]) -> list[Sizes]:
+def automatic_sizes(leaves: Sequence[Any], length: int | None, cached: Sequence[bool], embedded: bool = False) -> list[Sizes]:
     """The first size of every leaf, and every size that is the length of a sequence.
 
     Args:
-        length: the second size of the ``[batch, sequence]`` integers among the leaves, None if there are none.
+        length: the length of the sequences among the leaves, None if there are none.
         cached: for every leaf, whether it is part of a cache: its length is another one.
+        embedded: whether the sequences are ``[batch, sequence, width]``: their width is none of the sizes.
     """
     return [
-        _automatic(leaf, length, inside) if isinstance(leaf, Tensor) and leaf.dim() else None
+        _automatic(leaf, length, inside, embedded) if isinstance(leaf, Tensor) and leaf.dim() else None
         for leaf, inside in zip(leaves, cached, strict=True)
     ]
 
 
-def _automatic(leaf: Tensor, length: int | None, cached: bool) -> Sizes:
+def _automatic(leaf: Tensor, length: int | None, cached: bool, embedded: bool) -> Sizes:
     tokens = leaf.dim() == 2 and not leaf.is_floating_point() and not leaf.is_complex()
     dims = {0}
     if tokens:
         dims.add(1)
     if length is not None and length > 1:
-        dims.update(dim for dim in range(1, leaf.dim()) if leaf.shape[dim] == length)
+        last = 2 if embedded and leaf.dim() == 3 and leaf.is_floating_point() else leaf.dim()
+        dims.update(dim for dim in range(1, last) if leaf.shape[dim] == length)
     if cached and leaf.dim() == 4:
         dims.add(2)
     return dict.fromkeys(sorted(dims), torch.export.Dim.AUTO)

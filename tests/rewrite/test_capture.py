@@ -136,6 +136,50 @@ def test_a_loop_over_the_length_fixes_the_length():
     assert torch.equal(answers(program, ids), model(ids).detach())
 
 
+class Sequences(nn.Module):
+    """Models of ``[batch, length, width]`` numbers: one for any length, one for a single length, one with channels."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        kinds = {"encoder": lambda: layer, "gru": lambda: nn.GRU(8, 8, batch_first=True), "position": lambda: nn.Linear(8, 8)}
+        self.kind, self.layer = kind, {**kinds, "channels": lambda: nn.Conv1d(5, 3, 3)}[kind]()
+        self.positions = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x, mask=None):
+        if self.kind == "encoder":
+            return self.layer(x, mask)
+        y = self.layer(x)
+        return y[0] if self.kind == "gru" else y + self.positions if self.kind == "position" else y
+
+
+@pytest.mark.parametrize(("kind", "fixed"), [("encoder", ()), ("gru", (1,)), ("position", (1,)), ("channels", (1,))])
+def test_the_length_of_sequences_of_numbers(kind, fixed):
+    model = Sequences(kind).eval()
+    program = capture(model, (torch.randn(2, 5, 8),))
+    assert program.notes == [f"dimension {dim} of 'x' is fixed to 5" for dim in fixed]
+    for batch, length in ((1, 5), (4, 5), (3, 9), (2, 2)):
+        x = torch.randn(batch, length, 8)
+        if length == 5 or not fixed:
+            torch.testing.assert_close(answers(program, x), model(x).detach())
+        else:
+            with pytest.raises(UsageError, match=r"x.shape\[1\] == 5"):
+                answers(program, x)
+
+
+def test_a_mask_of_positions_goes_with_the_length():
+    model = Sequences("encoder").eval()
+    program = capture(model, (torch.randn(2, 8, 8), torch.zeros(8, 8)))
+    x, mask = torch.randn(3, 6, 8), torch.full((6, 6), float("-inf")).triu(1)
+    assert program.notes == []
+    torch.testing.assert_close(answers(program, x, mask), model(x, mask).detach())
+
+
+def test_images_have_a_free_batch_alone():
+    program = capture(nn.Conv2d(3, 4, 3), (torch.randn(2, 3, 9, 9),))
+    assert program.notes == [] and program.placeholders[0].meta["val"].shape[1:] == (3, 9, 9)
+
+
 def test_static_and_given_sizes():
     model = Block().eval()
     fixed = capture(model, (torch.randn(2, 5, 8),), dynamic_shapes=None)
