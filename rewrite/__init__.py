@@ -54,6 +54,7 @@ Rules: two sides of an equation:
 Facts for rewrites of a whole program:
 
     axes.py         An axis of a tensor, followed through the ops that carry it
+    masks.py        A mask that is computed from sizes alone, as the band it keeps
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
     streams.py      The mean of a residual stream: who writes it, who would notice its absence
