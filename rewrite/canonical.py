@@ -163,7 +163,7 @@ def drop_slice(node: fx.Node, edit: Editor) -> fx.Node | None:
         return None
     size = _shape(x)[given["dim"]]
     end = end.meta.get("val") if isinstance(end, fx.Node) else end
-    if end is None or end == _END or same(end, size):
+    if end is None or same(end, _END) or same(end, size):
         return x
     return None
 

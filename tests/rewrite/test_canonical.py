@@ -136,3 +136,20 @@ def test_no_new_guards():
     program = capture(Runs(lambda m, x: x.view(x.shape[0], 3, 4).relu()), (torch.randn(4, 3, 4),))
     assert not isinstance(program.placeholders[0].meta["val"].shape[0], int)
     assert program.signature.conditions == ("leaves[0].size()[1] == 3", "leaves[0].size()[2] == 4")
+
+
+def test_a_slice_up_to_another_free_size_stays():
+    both = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    program = capture(Runs(lambda m, x: x[: x.shape[1]].relu()), (torch.randn(5, 3, 4),), dynamic_shapes=(both,))
+    assert program.count(aten.slice.Tensor) == 1
+
+
+def test_a_batched_product_is_a_product():
+    assert calls(lambda m, x: torch.bmm(x, x.transpose(1, 2))) == ["transpose", "matmul"]
+
+
+def test_a_softmax_in_its_own_dtype_is_a_softmax():
+    program = capture(Runs(lambda m, x: x.softmax(-1, dtype=torch.float32)), (torch.randn(2, 3, 4),))
+    assert "aten.softmax(x, -1)" in str(program)
+    program = capture(Runs(lambda m, x: x.softmax(-1, dtype=torch.float64)), (torch.randn(2, 3, 4),))
+    assert "aten.softmax(x, -1, torch.float64)" in str(program)
