@@ -223,6 +223,8 @@ def _wrong(x: Any) -> list[Any]:
         return [x * 1.5, -x]
     if isinstance(x, torch.dtype):
         return [torch.float16]
+    if isinstance(x, str):
+        return [x[:-2] + x[:-3:-1]]
     if isinstance(x, (list, tuple)) and all(isinstance(i, int) for i in x):
         return [[i - 1 for i in x], [*x, x[0] - 1]] if x else []
     return []
