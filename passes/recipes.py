@@ -21,12 +21,21 @@ from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
 from .norm.fold_norm_shift import FoldNormShift
 from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from .raise_.absorb_attention_scale import AbsorbAttentionScale
 from .raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
 from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
 from .raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
+from .raise_.add_filled_mask import AddFilledMask
+from .raise_.add_mask_of_sizes import AddMaskOfSizes
 from .raise_.drop_norm_casts import DropNormCasts
+from .raise_.drop_softmax_casts import DropSoftmaxCasts
+from .raise_.merge_permutes import MergePermutes
+from .raise_.raise_attention import RaiseAttention
+from .raise_.raise_einsum import RaiseEinsum
 from .raise_.raise_gelu import RaiseGelu
 from .raise_.raise_layer_norm import RaiseLayerNorm
+from .raise_.raise_mask import RaiseMask
+from .raise_.raise_merged_heads import RaiseMergedHeads
 from .raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
 from .raise_.raise_rms_norm import RaiseRmsNorm
 from .raise_.raise_rounded_gelu import RaiseRoundedGelu
@@ -42,6 +51,17 @@ class Recipe(Protocol):
     def passes(self) -> tuple[Pass, ...]: ...
 
 
+ATTENTION: tuple[type[Pass], ...] = (
+    AddMaskOfSizes,
+    RaiseEinsum,
+    DropSoftmaxCasts,
+    AddFilledMask,
+    RaiseMergedHeads,
+    RaiseAttention,
+    AbsorbAttentionScale,
+    MergePermutes,
+    RaiseMask,
+)
 RAISE: tuple[type[Pass], ...] = (
     RaiseLayerNorm,
     AbsorbLayerNormGain,
@@ -53,6 +73,7 @@ RAISE: tuple[type[Pass], ...] = (
     RaiseGelu,
     RaiseTanhGelu,
     RaiseSilu,
+    *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)

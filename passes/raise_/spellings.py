@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from tautomer.rewrite.evidence import FORWARD
 from tautomer.rewrite.rules import Operand, Ops, require
 
@@ -36,3 +40,9 @@ def require_constant(literal: float | None, constant: float, name: str, toleranc
     """Refuse a literal that is not ``constant``, to a relative ``tolerance``; none is no wrong one."""
     difference = 0.0 if literal is None else abs(literal / constant - 1)
     require(difference <= tolerance, f"the literal {literal!r} is not {name} but {difference:.1e} (relative) away from it")
+
+
+def additive_mask(op: Ops, mask: Operand, kind: Any, low: Any, *, keeps: bool) -> Operand:
+    """Zero where a boolean mask keeps, ``low`` where it does not; the mask says what it keeps, or what it drops."""
+    zeros = op(torch.ops.aten.zeros_like.default)(mask, dtype=kind)
+    return op(torch.ops.aten.where.ScalarOther)(mask, zeros, low) if keeps else op.masked_fill(zeros, mask, low)

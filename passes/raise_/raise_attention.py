@@ -1,0 +1,78 @@
+"""Recognise attention written by hand.
+
+    softmax(c q kᵀ + b) v = scaled_dot_product_attention(q, k, v, b, scale=c)
+
+The keys come in any layout, the scale is a number or one per row, the bias is added, in one or two parts. Filled masks
+(``add_mask_of_sizes``, ``add_filled_mask``), casts (``drop_softmax_casts``) and einsums (``raise_einsum``) are brought
+to this form first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from tautomer.rewrite.claims import ALGEBRAIC
+from tautomer.rewrite.pass_base import Phase
+from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Tensor, dtype, rank, require, shape
+from tautomer.rewrite.shapes import same, same_shape
+
+
+class RaiseAttention(Rule):
+    """Hand-written attention → ``scaled_dot_product_attention``; see the module."""
+
+    claim = ALGEBRAIC("scores, softmax and product are accumulated by one kernel, in another order")
+    phase: ClassVar[Phase] = "raise"
+
+    def before(self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, a: Tensor, b: Tensor) -> Operand:
+        scores = op.matmul(q, K)
+        scaled = op.any_of(op.mul(scores, c), op.div(scores, d), scores)
+        biased = op.any_of(scaled, op.add(scaled, a), op.add(op.add(scaled, a), b))
+        return op.matmul(op.softmax(biased, -1), v)
+
+    def where(self, m: Match) -> None:
+        require(rank(m.q) == rank(m.K) == rank(m.v) and rank(m.q) in (3, 4), f"queries of {rank(m.q)} axes: not 3 or 4")
+        for what, x in (("keys", m.K), ("values", m.v)):
+            require(same_shape(shape(x)[:-2], shape(m.q)[:-2]), f"the {what} have other leading axes than the queries")
+            require(dtype(x) == dtype(m.q), f"the {what} are {dtype(x)}, the queries {dtype(m.q)}")
+        for scale in (m.c, m.d):
+            per_row = rank(scale) == 0 or (rank(scale) <= rank(m.q) and same(shape(scale)[-1], 1))
+            require(
+                scale is None or (scale > 0 if _is_number(scale) else per_row),
+                "the scale is not positive, or varies along the keys",
+            )
+        for bias in (m.a, m.b):
+            require(bias is None or dtype(bias) == dtype(m.q), f"a bias of {dtype(bias)} is added to scores of {dtype(m.q)}")
+            require(rank(bias) <= rank(m.q), "the bias has more axes than the scores")
+
+    def after(self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, a: Tensor, b: Tensor) -> Operand:
+        scale = 1.0
+        if c is not None:
+            q, scale = (q, float(c)) if _is_number(c) else (op.mul(q, c), scale)
+        if d is not None:
+            q, scale = (q, 1 / d) if _is_number(d) else (op.div(q, d), scale)
+        return attention(op, q, op.transpose(K, -2, -1), v, op.add(a, b) if a is not None and b is not None else a, scale)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        q, K, v, a, b = (torch.randn(2, 3, *n, dtype=torch.float64) for n in ((4, 6), (6, 5), (5, 8), (4, 5), (1, 5)))
+        yield {"q": q, "K": K, "v": v, "c": 0.25, "d": 4.0, "a": a, "b": b}
+        yield {"q": q[0], "K": K[0], "v": v[0], "c": 2, "d": 3, "a": a[0, 0], "b": b[0]}
+        yield {"q": q, "K": K, "v": v, "c": torch.rand(3, 1, 1) + 0.5, "d": torch.tensor(3.0), "a": a[0], "b": b[0, 0, 0]}
+
+
+def attention(op: Ops, q: Operand, k: Operand, v: Operand, bias: Operand, scale: Operand) -> Operand:
+    """``scaled_dot_product_attention`` of four axes: fused kernels know no other rank."""
+    if rank(bias) == 3:
+        bias = op.unsqueeze(bias, 0)
+    elif bias is not None and rank(bias) < 2:
+        bias = op.unsqueeze(bias, 0) if rank(bias) else op.reshape(bias, [1, 1])
+    if rank(q) != 3:
+        return op.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    q, k, v = (op.unsqueeze(x, 0) for x in (q, k, v))
+    return op.squeeze(op.scaled_dot_product_attention(q, k, v, bias, scale=scale), 0)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float))
