@@ -31,7 +31,7 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.evidence import Evidence
 from tautomer.rewrite.pass_base import Context, Log, Pass
 from tautomer.rewrite.pipeline import Outcome, run_passes
-from tautomer.rewrite.program import Program
+from tautomer.rewrite.program import Program, path_of
 from tautomer.rewrite.report import Report, Size, Timing
 from tautomer.rewrite.rules import Rule, nearest_miss
 from tautomer.rewrite.target import Target
@@ -75,9 +75,13 @@ def capture(
         args, kwargs = (args, kwargs) if args or kwargs else model.example_inputs  # type: ignore[assignment]
         model = model.module()
     if isinstance(model, Rewritten) and not args and not kwargs:
+        if model.program is None:
+            raise UsageError(f"a loaded {model._signature.owner} has no example inputs", hint="pass args or kwargs")
         args, kwargs = pytree.tree_unflatten(list(model.program.example), model.program.signature.in_spec)
     program = capture_module(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
-    program.name = model.program.name if isinstance(model, Rewritten) else program.name
+    if isinstance(model, Rewritten):
+        program.name = model._signature.owner
+        program.signature = replace(program.signature, owner=model._signature.owner)
     return program
 
 
@@ -98,8 +102,10 @@ def optimize(
 ) -> Rewritten:
     """The same model in a better form: a new module, same call, same answers, any batch size.
 
+    Untouched weights share their memory with ``model``: ``copy.deepcopy(model)`` first if you train both.
+
     Args:
-        model: a module (its weights are shared where untouched, never written), an ``ExportedProgram`` or a ``Program``.
+        model: a module (never written), an ``ExportedProgram`` or a ``Program``.
         args, kwargs: one example call; batch 1 is fine.
         recipe: what to apply, by name or as a recipe.
         passes: exactly these instead, by name or as passes, in this order; nobody asks whether they pay.
@@ -122,10 +128,11 @@ def optimize(
         >>> fast.report.fired("layer-norm-to-rms-norm")
         1
     """
-    tell = progress or (lambda phase: None)
+    tell = _progress(progress)
     chosen = _passes(recipe, passes)
-    where = resolve(target) if isinstance(target, str) else target
-    plan = _Plan(chosen, where, passes is None, Context(only=tuple(only), skip=tuple(skip), fuel=fuel), check, tell)
+    where = _target(target)
+    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel)
+    plan = _Plan(chosen, where, passes is None, context, check, tell)
     start = perf_counter()
     tell("capturing")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
@@ -155,8 +162,8 @@ def optimize_parts(
 
     Example: ``optimize_parts(model, args).report.captured[0]``
     """
-    tell = progress or (lambda phase: None)
-    where = resolve(target) if isinstance(target, str) else target
+    tell = _progress(progress)
+    where = _target(target)
     plan = _Plan(_passes(recipe, None), where, True, Context(), check, tell)
     start = perf_counter()
     tell("capturing")
@@ -183,6 +190,8 @@ class _Plan:
 def _rewrite(program: Program, plan: _Plan, capture_seconds: float) -> Rewritten:
     original = program.copy()
     context = replace(plan.context, log=Log())
+    for entry in (*context.only, *context.skip):
+        _check_entry(entry, program)
     plan.tell("rewriting and checking")
     outcome = run_passes(plan.passes, program, context, target=plan.target if plan.ask else None, check=plan.check)
     fast = to_torch(program)
@@ -237,7 +246,7 @@ def verify(
         tautomer.rewrite.errors.ClaimBroken: output 0 of Linear is off by ...
     """
     ours, theirs = capture(reference, args, kwargs), capture(candidate, args, kwargs)
-    if isinstance(candidate, Rewritten) and gradients:
+    if isinstance(candidate, Rewritten) and candidate.program is not None and gradients:
         theirs = candidate.program.copy()
     return check_equivalence(ours, theirs, claim, gradients=gradients)
 
@@ -292,12 +301,17 @@ def bench(
 
     Unlike the figure in ``optimize``'s report this runs every target, ONNX Runtime included.
 
+    Raises:
+        UsageError: ``rounds`` is not positive; see ``optimize`` for the rest.
+
     Example: ``bench(model, args, target="onnxruntime").ratio``
     """
-    where = resolve(target) if isinstance(target, str) else target
+    if rounds < 1:
+        raise UsageError(f"rounds must be at least 1, not {rounds}")
+    where = _target(target)
     original = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     fast = optimize(original, recipe=recipe, target=where, progress=progress)
-    (progress or (lambda phase: None))("measuring")
+    _progress(progress)("measuring")
     before, after = measure(where.compile(original), where.compile(fast.program), original.example, rounds)
     return Timing(before / 1e3, after / 1e3, where.name)
 
@@ -348,6 +362,8 @@ def explain(
     """
     rewrite = _pass(rule)
     program = capture(model, args, kwargs)
+    if at is not None:
+        _check_entry(at, program)
     miss = nearest_miss(rewrite, program, at) if isinstance(rewrite, Rule) else None
     context = Context(check=False, only=(at,) if at else ())
     run_passes((rewrite,), program, context, check=False)
@@ -411,6 +427,8 @@ def _passes(recipe: str | Recipe, passes: Sequence[str | Pass] | None) -> tuple[
         if recipe not in RECIPES:
             raise _unknown("recipe", recipe, RECIPES)
         recipe = RECIPES[recipe]()
+    if not hasattr(recipe, "passes"):
+        raise UsageError(f"recipe is a name or a Recipe, not {recipe!r}", hint="passes=[…] takes rewrites one by one")
     return recipe.passes()
 
 
@@ -423,6 +441,40 @@ def _pass(named: str | Pass) -> Pass:
     if named not in known:
         raise _unknown("pass", str(named), known)
     return known[named]
+
+
+def _target(named: str | Target) -> Target:
+    if isinstance(named, str):
+        return resolve(named)
+    if not hasattr(named, "gain"):
+        raise UsageError(f"target is a name or a Target, not {named!r}", hint=f"one of {', '.join(TARGETS)}")
+    return named
+
+
+def _progress(told: Progress | None) -> Progress:
+    if told is None:
+        return lambda phase: None
+    if not callable(told):
+        raise UsageError(f"progress is a function of the phase's name, not {told!r}", hint="progress=print")
+    return told
+
+
+def _entries(argument: str, entries: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(entries, str):
+        raise UsageError(f"{argument} takes a list, not the string {entries!r}", hint=f"{argument}=[{entries!r}]")
+    return tuple(entries)
+
+
+def _check_entry(entry: str, program: Program) -> None:
+    """An entry of only=, skip= or at= names a pass, an application or a module that the program runs."""
+    paths = {path_of(node) for node in program.graph.nodes}
+    modules = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, path.count(".") + 2)}
+    if "@" not in entry and entry not in modules and entry not in _known():
+        nearest = difflib.get_close_matches(entry, sorted(modules | set(_known())), 1)
+        raise UsageError(
+            f"'{entry}' is no pass, no application (name@place) and no module that {program.name} runs",
+            hint=f"'{nearest[0]}'" if nearest else "a module path such as " + ", ".join(sorted(modules)[:3]),
+        )
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

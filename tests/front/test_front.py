@@ -73,8 +73,29 @@ def test_one_call(model: nn.Module) -> None:
     for batch in (1, 3, 8):
         x = torch.randn(batch, 4, 6)
         torch.testing.assert_close(fast(x)["logits"], model(x)["logits"], rtol=1e-5, atol=1e-5)
-    assert fast.norm.weight is model.norm.weight  # untouched: shared
-    assert fast.inside.weight is not model.inside.weight  # edited: new
+    assert fast.norm.weight is not model.norm.weight
+    assert fast.norm.weight.data_ptr() == model.norm.weight.data_ptr()  # untouched: shared memory
+    assert fast.inside.weight.data_ptr() != model.inside.weight.data_ptr()  # edited: new
+
+
+def test_a_loaded_module_needs_an_example_and_takes_one(model: nn.Module, tmp_path: Path) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    back = tautomer.load(tautomer.save(fast, tmp_path / "fast"))
+    assert back.report is None and back.weights is None and back.program is None
+    for verb in (tautomer.capture, tautomer.optimize, lambda m: tautomer.export_onnx(m, tmp_path / "m.onnx")):
+        with pytest.raises(UsageError, match=f"a loaded {type(model).__name__} has no example inputs"):
+            verb(back)
+    assert tautomer.capture(back, (X,)).name == tautomer.capture(fast).name == type(model).__name__
+    assert tautomer.optimize(back, (X,)).report.model == type(model).__name__
+    tautomer.verify(model, back, (X,))
+
+
+def test_a_loaded_module_knows_its_own_state(model: nn.Module, tmp_path: Path) -> None:
+    fast = tautomer.optimize(model, (X,), target="onnxruntime")
+    back = tautomer.load(tautomer.save(fast, tmp_path / "fast"))
+    back.load_state_dict(fast.state_dict())
+    with pytest.raises(UsageError, match="was rewritten"):
+        back.load_state_dict(model.state_dict())
 
 
 def test_a_second_run_changes_nothing(model: nn.Module) -> None:
@@ -256,6 +277,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[TautomerError], str]] = {
     "unknown pass": (lambda: tautomer.optimize(Model().eval(), (X,), passes=["fold-norm-shif"]), UsageError, "fold-norm-shift"),
     "passes as a string": (lambda: tautomer.optimize(Model().eval(), (X,), passes="fold-norm-shift"), UsageError, "list"),
     "unknown target": (lambda: tautomer.optimize(Model().eval(), (X,), target="onnxrutime"), UsageError, "onnxruntime"),
+    "only as a string": (lambda: tautomer.optimize(Model().eval(), (X,), only="blocks.0"), UsageError, "list"),
+    "unknown module": (lambda: tautomer.optimize(Model().eval(), (X,), skip=["blokcs.0"]), UsageError, "blocks.0"),
+    "explain nowhere": (lambda: tautomer.explain(Model().eval(), "fold-norm-shift", (X,), at="nosuch"), UsageError, "nosuch"),
+    "no recipe": (lambda: tautomer.optimize(Model().eval(), (X,), recipe=None), UsageError, "recipe"),
+    "no target": (lambda: tautomer.optimize(Model().eval(), (X,), target=None), UsageError, "target"),
+    "progress": (lambda: tautomer.optimize(Model().eval(), (X,), progress=True), UsageError, "progress"),
+    "no rounds": (lambda: tautomer.bench(Model().eval(), (X,), rounds=0), UsageError, "rounds"),
     "control flow": (lambda: tautomer.optimize(Branching().eval(), (X,)), CaptureError, "if x.sum"),
     "batch norm in training": (lambda: tautomer.optimize(Normed().train(), (X,)), UsageError, r"eval\(\)"),
     "NaN weights": (lambda: tautomer.optimize(poisoned(), (X,)), UsageError, "head.weight"),
