@@ -179,14 +179,19 @@ def measured_norms(norms: Norms) -> Gain:
     """Both norms timed here and now, alternately, in a few tens of milliseconds."""
     shape = _affordable(norms)
     normalized = list(shape[len(shape) - norms.dims :])
-    x = torch.randn(shape, dtype=norms.dtype, device=norms.device)
-    g, b = torch.randn(2, *normalized, dtype=norms.dtype, device=norms.device)
+    options = _random(norms.dtype, norms.device)
+    x, (g, b) = torch.randn(shape, **options), torch.randn(2, *normalized, **options)
     runs = (lambda xs: _LAYER_NORM(xs[0], normalized, g, b), lambda xs: _RMS_NORM(xs[0], normalized, g))
     with _one_thread():
         before, after = measure(*runs, [x], rounds_within(_BUDGET_MS, *runs, [x]), statistic=min)
     where = f"at {list(shape)} on this {norms.device.type}{' (one thread)' if norms.device.type == 'cpu' else ''}, measured"
     note = f"one LayerNorm takes {before:.0f} µs and one RMSNorm {after:.0f} µs {where}"
     return Gain(after <= _NOISE * before, before, after, note)
+
+
+def _random(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Options of ``torch.randn`` that leave the user's random state alone."""
+    return {"dtype": dtype, "device": device, "generator": torch.Generator(device).manual_seed(0)}
 
 
 @contextmanager
@@ -249,7 +254,7 @@ def _affordable(norms: Norms) -> tuple[int, ...]:
 def measured_layers(layers: Layers) -> Gain:
     """The layers one by one, and one with a split, timed here and now, alternately."""
     rows = max(1, min(layers.rows, _LARGEST_PRODUCT // (layers.width * sum(layers.features))))
-    options: dict[str, Any] = {"dtype": layers.dtype, "device": layers.device}
+    options = _random(layers.dtype, layers.device)
     x, weights = torch.randn(rows, layers.width, **options), [torch.randn(n, layers.width, **options) for n in layers.features]
     whole, sizes = torch.cat(weights), list(layers.features)
     runs = (lambda xs: [_LINEAR(xs[0], w) for w in weights], lambda xs: _LINEAR(xs[0], whole).split(sizes, -1))

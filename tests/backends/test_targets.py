@@ -155,3 +155,10 @@ def test_merged_layers_are_recorded_for_onnx_runtime_and_do_not_pay(rows, figure
 @pytest.mark.parametrize("name", ["inductor", "onnxruntime-cuda"])
 def test_where_nobody_measured_merged_layers_they_do_not_pay(name):
     assert not resolve(name).gain(MERGE, capture(Gated().eval(), (X,))).pays
+
+
+def test_measuring_leaves_the_users_random_state():
+    state = torch.get_rng_state()
+    measured_norms(Norms((4, 8), 1, torch.float32, torch.device("cpu")))
+    measured_layers(Layers(4, 8, (8, 8), torch.float32, torch.device("cpu")))
+    assert torch.equal(torch.get_rng_state(), state)
