@@ -58,6 +58,7 @@ def save(module: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "mode": module._mode,
         "training": {name: x.training for name, x in module.named_modules()},
         "weights": table,
+        "edits": module._edits,
     }
     graphs = {"": encode_graph(module.graph), **{name: encode_graph(body.graph) for name, body in bodies.items()}}
     target = Path(folder)
@@ -88,6 +89,7 @@ def load(folder: str | os.PathLike[str]) -> Rewritten:
     root, bodies = graphs.pop(""), {name: decode_graph(nodes) for name, nodes in graphs.items()}
     module = Rewritten(decode_graph(root), signature, inputs, about["mode"])
     furnish(module, _rebuilt(source / _WEIGHTS, about["weights"]), _bodies(bodies), about["training"])
+    module._edits = dict(about.get("edits", {}))
     return module
 
 

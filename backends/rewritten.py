@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tautomer.rewrite._torch import size_functions
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode, Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.signature import Signature
-from tautomer.rewrite.weights import Weights
+from tautomer.rewrite.weights import MARK, Weights, marked
 
 from .expected import Expected, check
 from .graph_data import decode_graph, encode_graph
@@ -38,21 +38,28 @@ _count = itertools.count()
 class Rewritten(nn.Module):
     """A rewritten model: called, trained, copied, compiled, exported and pickled like the model it was made from.
 
+    An edited weight keeps the name it had, so the original's state dict has the right keys and the wrong values. The
+    state dict of a rewritten module therefore says in its metadata which weights are edited and how (``torch.save`` keeps
+    them; keys and tensors are as ever), and one that does not say so is refused where it has an edited weight:
+
+        module.load_state_dict(module.weights.from_original(state))     of the original model
+        module.load_state_dict(module.own(state))                       of this module, as a plain dict (safetensors)
+
     Attributes:
         graph: its fx graph.
         code: the Python code of the graph.
-        report, weights, program: where it comes from, if ``tautomer.optimize`` made it.
+        report, weights, program: where it comes from, if ``tautomer.optimize`` made it; None once loaded or unpickled.
 
     Raises:
-        UsageError: on a call that the captured graph does not cover, and on ``train()`` or ``eval()`` when the graph was
-            captured in the other mode alone.
+        UsageError: on a call that the captured graph does not cover, on ``train()`` or ``eval()`` when the graph was
+            captured in the other mode alone, and on a state dict of the original model.
     """
 
     code: ClassVar[str]
     graph: fx.Graph
-    report: Report
-    weights: Weights
-    program: Program
+    report: Report = None  # type: ignore[assignment]
+    weights: Weights = None  # type: ignore[assignment]
+    program: Program = None  # type: ignore[assignment]
     _run: Callable[..., tuple[Any, ...]]
     _conditions: Callable[[Sequence[Any]], tuple[bool, ...]]
 
@@ -63,6 +70,7 @@ class Rewritten(nn.Module):
         self._binder = replace(signature, conditions=())
         self._inputs = tuple(inputs)
         self._mode: Mode = mode
+        self._edits: dict[str, str] = {}
         self.__class__ = specialised(type(self), graph, signature)
 
     def train(self, mode: bool = True) -> Self:
@@ -83,6 +91,30 @@ class Rewritten(nn.Module):
                     hint="capture the model again with inputs of this size",
                 )
         return flat
+
+    def own(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of this module that lost its metadata (a plain copy, a safetensors file), ready to be loaded."""
+        return marked(state, self._edits)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[MARK] = dict(self._edits)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        given = local_metadata.get(MARK, {})
+        names = dict.fromkeys((*self._edits, *given))
+        wrong = [name for name in names if prefix + name in state_dict and given.get(name) != self._edits.get(name)]
+        if wrong:
+            raise UsageError(
+                f"'{wrong[0]}' of {self._signature.owner} was rewritten, and this state dict does not say that it holds the "
+                "rewritten weight",
+                hint="load module.weights.from_original(state_dict) if it is the original model's, "
+                "module.own(state_dict) if it is this module's and lost its metadata",
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = type(self).__new__(type(self))

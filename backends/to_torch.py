@@ -1,6 +1,6 @@
 """Emit a program as a PyTorch module: the user's call, the user's keys, the rewritten graph.
 
-Weights that no rewrite touched are the user's own parameters, shared; an edited weight is a new parameter, computed
+Weights that no rewrite touched share the user's memory, in parameters of their own; an edited weight is a new one, computed
 once in float64; a buffer that the graph writes is a copy, so that a run never moves the user's statistics.
 """
 
@@ -35,8 +35,12 @@ def to_torch(program: Program) -> Rewritten:
         A ``Rewritten`` in the mode of the capture. Its state dict has the names of the weight
         table; two names of one weight are one parameter.
 
+    Its parameters are its own: ``half()`` and ``requires_grad_()`` leave the user's model alone. The memory of a weight
+    that no rewrite touched is shared, so an optimizer step on one model moves the other: ``copy.deepcopy(model)`` first if
+    you train both.
+
     Raises:
-        UsageError: a weight at the root has the name of an attribute of the emitted module.
+        UsageError: a weight or submodule at the root has the name of an attribute of the emitted module.
 
     Example: ``fast = to_torch(capture(model, args)); fast(*args)``
     """
@@ -47,6 +51,7 @@ def to_torch(program: Program) -> Rewritten:
     module = Rewritten(graph, program.signature, expected(program), program.mode)
     root = program.mode == "train" or any(program.training.values())
     furnish(module, stored(program), program.regions, {"": root, **program.training})
+    module._edits = program.weights.edits()
     return module
 
 
@@ -72,10 +77,7 @@ def furnish(
             else:
                 owner.register_buffer(last, stored.value, persistent=stored.persistent)
         except KeyError:
-            raise UsageError(
-                f"the model has a weight named '{name}', a name that the emitted module needs itself",
-                hint="rename it, or wrap the model in another module",
-            ) from None
+            raise _taken("weight", name) from None
     for name, region in regions.items():
         owner, last = _owner(module, name)
         owner.add_module(last, body(region))
@@ -105,11 +107,19 @@ def stored(program: Program) -> dict[str, Stored]:
         if identity not in made:
             value = weights.value(name)
             value = value.detach().clone() if name in moving else value
-            if weight.kind == "parameter" and not isinstance(value, nn.Parameter):
-                value = nn.Parameter(value.detach(), requires_grad=weight.requires_grad)
+            if weight.kind == "parameter":
+                trains = value.requires_grad if isinstance(value, nn.Parameter) else weight.requires_grad
+                value = nn.Parameter(value.detach(), requires_grad=trains)
             made[identity] = value
         tensors[name] = Stored(made[identity], weight.persistent)
     return tensors
+
+
+def _taken(kind: str, name: str) -> UsageError:
+    return UsageError(
+        f"the model has a {kind} named '{name}', a name that the emitted module needs itself",
+        hint="rename it, or wrap the model in another module",
+    )
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -119,6 +129,9 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
         if part not in root._modules:
             child = nn.Module()
             child.training = root.training
-            root.add_module(part, child)
+            try:
+                root.add_module(part, child)
+            except KeyError:
+                raise _taken("submodule", part) from None
         root = root.get_submodule(part)
     return root, last

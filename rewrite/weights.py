@@ -11,8 +11,10 @@ Two names of one storage are one weight. The leaves are the user's own tensors: 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -221,9 +223,14 @@ class Weights:
 
     # -- the weight map ---------------------------------------------------------------------------------------
 
-    def from_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map a state dict of the original model to one of the rewritten model."""
-        mapped: dict[str, Tensor] = {}
+    def edits(self) -> dict[str, str]:
+        """What every edited weight is over the original's, as a short text: equal texts, equal edits."""
+        edited = {name: str(weight.expression) for name, weight in self.entries.items() if weight.edited and weight.persistent}
+        return {name: sha256(expression.encode()).hexdigest()[:16] for name, expression in edited.items()}
+
+    def from_original(self, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+        """Map a state dict of the original model to one of the rewritten model, marked as such (see ``marked``)."""
+        mapped: OrderedDict[str, Tensor] = OrderedDict()
         for name, weight in self.entries.items():
             if not weight.persistent:
                 continue
@@ -232,7 +239,17 @@ class Weights:
                 continue
             value = evaluate(weight.expression, lambda leaf: _promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
             mapped[name] = value.to(weight.meta.dtype).contiguous()
-        return mapped
+        return marked(mapped, self.edits())
+
+
+MARK = "tautomer"
+
+
+def marked(state: Mapping[str, Tensor], edits: Mapping[str, str]) -> OrderedDict[str, Tensor]:
+    """``state`` as a state dict whose metadata say which of its weights are edited, and how."""
+    twin = OrderedDict(state)
+    twin._metadata = {"": {"version": 1, MARK: dict(edits)}}  # type: ignore[attr-defined]
+    return twin
 
 
 def _promote(tensor: Tensor, dtype: torch.dtype) -> Tensor:

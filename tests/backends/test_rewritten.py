@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 import pickle
@@ -17,6 +18,7 @@ from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_torch import to_torch
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.weights import Apply, Leaf, Weights
 
 
 class Model(nn.Module):
@@ -117,6 +119,75 @@ def test_a_copy_is_independent_and_keeps_ties_and_history():
     assert not torch.equal(twin(X, MASK).last_hidden_state, before)
 
 
+aten = torch.ops.aten
+
+
+def doubled() -> tuple[Rewritten, Model, Weights]:
+    """A module whose tied weight is edited in place: twice what the user's is."""
+    model = Model().eval()
+    program = capture(model, (X,), {"mask": MASK})
+    twice = Apply(aten.mul.Tensor, (Leaf("first.weight"), 2.0))
+    for name in ("first.weight", "second.weight"):
+        program.weights.entries[name] = dataclasses.replace(program.weights[name], expression=twice)
+    return to_torch(program), model, program.weights
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("through", [lambda state: state, through_a_file, copy.copy, copy.deepcopy])
+def test_it_loads_its_own_state(through):
+    module, model, _ = doubled()
+    assert list(module.state_dict()) == list(model.state_dict())
+    for source in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        state = through(source.state_dict())
+        twin, _, _ = doubled()
+        twin.load_state_dict(state)
+        assert torch.equal(twin.first.weight, module.first.weight)
+        nn.ModuleDict({"inner": twin}).load_state_dict(through(nn.ModuleDict({"inner": module}).state_dict()))
+
+
+def test_the_originals_state_is_refused_and_its_map_is_taken():
+    module, _, weights = doubled()
+    other = Model().eval()
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    for whole, state in ((module, other), (nn.ModuleDict({"a": module}), nn.ModuleDict({"a": other}))):
+        with pytest.raises(UsageError, match=r"(?s)'first.weight' of Model was rewritten.*module.weights.from_original"):
+            whole.load_state_dict(through_a_file(state.state_dict()))
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+    module.load_state_dict(through_a_file(weights.from_original(other.state_dict())))
+    assert torch.equal(module.first.weight, 2 * other.first.weight)
+
+
+def test_a_state_without_metadata_is_taken_as_its_own_when_that_is_said():
+    module, _, _ = doubled()
+    plain = {name: x + 1 for name, x in module.state_dict().items()}
+    with pytest.raises(UsageError, match=r"module\.own\(state_dict\)"):
+        module.load_state_dict(plain)
+    module.load_state_dict(module.own(plain))
+    assert torch.equal(module.first.weight, plain["first.weight"])
+
+
+def test_another_rewrites_state_is_refused():
+    module, _, _ = doubled()
+    untouched, _ = emitted()
+    with pytest.raises(UsageError, match=r"'first\.weight' of Model"):
+        untouched.load_state_dict(module.state_dict())
+
+
+def test_a_state_without_an_edited_weight_is_loaded():
+    module, model, _ = doubled()
+    model.first.bias.data += 1
+    module.load_state_dict({"first.bias": model.first.bias}, strict=False)
+    untouched, _ = emitted()
+    untouched.load_state_dict(dict(model.state_dict()))
+    assert torch.equal(untouched.first.bias, module.first.bias)
+
+
 def test_a_copy_inside_a_copied_model_is_tied_to_it():
     module, _ = emitted()
     pair = copy.deepcopy(nn.ModuleDict({"a": module, "b": nn.ModuleList([module.first])}))
@@ -139,7 +210,7 @@ def test_it_comes_back_from_a_pickle(through):
     module, _ = emitted("both")
     module.report = lambda: "cannot be pickled, and is left behind"
     back = through(module)
-    assert back.first.weight is back.second.weight and not hasattr(back, "report")
+    assert back.first.weight is back.second.weight and back.report is None
     for training in (True, False):
         torch.manual_seed(3)
         wanted = module.train(training)(X, MASK).last_hidden_state

@@ -52,16 +52,26 @@ def test_it_computes_the_same():
         assert torch.equal(mine["logits"], theirs["logits"])
 
 
-def test_unedited_weights_are_the_users_own():
+def test_unedited_weights_share_the_users_memory():
     model = Net()
     emitted = to_torch(program(model))
     assert list(emitted.state_dict()) == list(model.state_dict())
     assert "dropped" not in emitted.state_dict() and "dropped" in dict(emitted.named_buffers())
     theirs = dict(model.named_parameters(remove_duplicate=False))
     mine = dict(emitted.named_parameters(remove_duplicate=False))
-    assert mine.keys() == theirs.keys() and all(mine[name] is theirs[name] for name in mine)
+    assert mine.keys() == theirs.keys() and all(mine[name].data_ptr() == theirs[name].data_ptr() for name in mine)
     assert emitted.head.weight is emitted.embed.weight
     assert [p.requires_grad for p in emitted.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_what_is_done_to_the_module_is_not_done_to_the_model():
+    model = Net()
+    emitted = to_torch(program(model))
+    emitted.requires_grad_(False)
+    emitted.half()
+    assert model.embed.weight.requires_grad and model.embed.weight.grad is None
+    assert all(x.dtype is torch.float32 for x in model.state_dict().values())
+    assert emitted.head.weight is emitted.embed.weight and emitted.head.weight.dtype is torch.float16
 
 
 def test_an_edited_weight_is_new_and_the_users_is_untouched():
@@ -100,7 +110,7 @@ def test_it_trains_like_the_model():
     emitted = to_torch(program(model))
     emitted(IDS)["logits"].square().sum().backward()
     mine = {name: p.grad.clone() for name, p in emitted.named_parameters() if p.grad is not None}
-    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
     model(IDS)["logits"].square().sum().backward()
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert mine.keys() == theirs.keys() == {"embed.weight", "norm.weight"}
@@ -199,6 +209,36 @@ def test_a_weight_with_a_name_the_module_needs_is_refused():
 
     with pytest.raises(UsageError, match="a weight named 'graph'"):
         to_torch(capture(Graph(), (X,)))
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "report", "weights", "program", "_signature", "own"])
+def test_a_submodule_with_a_name_the_module_needs_is_refused(name):
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.get_submodule(name)(x)
+
+    with pytest.raises(UsageError, match=f"a submodule named '{name}'.*\n.*rename it"):
+        to_torch(capture(Holder().eval(), (X,)))
+    inner = nn.Sequential(Holder()).eval()
+    assert torch.equal(to_torch(capture(inner, (X,)))(X), inner(X))
+
+
+@pytest.mark.parametrize("name", ["report", "weights", "program"])
+def test_a_weight_named_like_the_history_is_refused(name):
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.ones(4)))
+
+        def forward(self, x):
+            return x * self.get_parameter(name)
+
+    with pytest.raises(UsageError, match=f"a weight named '{name}'"):
+        to_torch(capture(Holder(), (X,)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "falcon", "whisper", "dinov2", "swin"])
