@@ -133,7 +133,7 @@ def test_a_branch_on_sizes_is_said_and_checked_where_it_was_captured(tmp_path):
 
 def test_a_size_that_the_capture_fixed_is_fixed_in_the_file(tmp_path):
     # The loop of an RWKV: the graph itself would run at any length, and be wrong there.
-    model, inputs = RWKV()
+    model, inputs = rwkv()
     captured = capture(model, inputs)
     assert "leaves[0].size()[1] == 7" in captured.signature.conditions
     report = to_onnx(captured, tmp_path / "net.onnx", reference=model)
@@ -141,7 +141,7 @@ def test_a_size_that_the_capture_fixed_is_fixed_in_the_file(tmp_path):
     assert shapes(onnx.load(tmp_path / "net.onnx").graph.input) == [["input_ids_dim0", 7]]
 
 
-def RWKV() -> tuple[nn.Module, tuple[torch.Tensor]]:
+def rwkv() -> tuple[nn.Module, tuple[torch.Tensor]]:
     options = {"hidden_size": 8, "num_hidden_layers": 2, "attention_hidden_size": 8, "intermediate_size": 8}
     config = RwkvConfig(vocab_size=20, context_length=16, use_cache=False, **options)
     return RwkvModel(config).eval(), (torch.randint(1, 20, (2, 7)),)
