@@ -23,8 +23,11 @@ from tautomer.rewrite.program import Program
 from tautomer.rewrite.samples import samples
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest relative error of an output, by the coarsest floating dtype of the program."""
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest relative error of an output, by the coarsest floating dtype of the program.
+
+float64 is bounded by the format: ONNX keeps attributes such as epsilon and scale in float32, 2^-24 off.
+"""
 
 Reference = Callable[..., Any]
 
