@@ -33,11 +33,17 @@ _CHECKS = frozenset({
 
 
 def build(
-    exported: torch.export.ExportedProgram, model: nn.Module, prefix: str, signature: Signature, example: Sequence[Any]
+    exported: torch.export.ExportedProgram,
+    model: nn.Module,
+    prefix: str,
+    signature: Signature,
+    example: Sequence[Any],
+    inference: Sequence[bool] = (),
 ) -> Program:
     """The program of an export of ``model``, which stands under ``prefix`` in the exported module.
 
-    ``example`` are the flat inputs; the exported graph has one placeholder for each, in this order.
+    ``example`` are the flat inputs; the exported graph has one placeholder for each, in this order. ``inference`` says
+    which outputs are computed in inference mode, of which an export shows nothing.
     """
     module = unlifted_module(exported)
     strip = _stripper(prefix)
@@ -51,7 +57,9 @@ def build(
             mapped[node] = _placeholder(graph, next(names))
             mapped[node].meta = dict(node.meta)
         elif node.op == "output":
-            graph.output(fx.node.map_arg(tuple(node.args[0]), mapped.__getitem__))
+            outputs = fx.node.map_arg(tuple(node.args[0]), mapped.__getitem__)
+            marks = inference or [False] * len(outputs)
+            graph.output(tuple(translation.cut(graph, *pair) for pair in zip(outputs, marks, strict=True)))
         else:
             translation.copy(node, graph, mapped)
     program = Program(graph, weights, signature, tuple(example), name=type(model).__name__)
@@ -158,18 +166,37 @@ class _Translation:
         self._relocate(node)
         return node
 
+    def cut(self, graph: fx.Graph, value: Any, inference: bool) -> Any:
+        """An output that no gradient reaches is detached itself, so that no weight a rewrite puts in its way trains."""
+        if not isinstance(value, fx.Node) or value.op != "call_function" or value.target is aten.detach.default:
+            return value
+        meta = value.meta.get("val")
+        if not isinstance(meta, Tensor) or not (meta.is_floating_point() or meta.is_complex()):
+            return value
+        detaches = any(node.target is aten.detach.default for node in graph.nodes)
+        return self._detach(graph, value, value) if inference or (detaches and not self._may_train(value)) else value
+
     def _may_train(self, value: Any) -> bool:
         """Whether a gradient could flow into ``value``: a buffer, a constant or an integer takes none."""
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
-            return False
-        meta = value.meta["val"]
-        if not (meta.is_floating_point() or meta.is_complex()):
-            return False
-        if value.op == "get_attr":
-            return self.weights[str(value.target)].kind == "parameter"
-        if value.target is aten.detach.default:
-            return False
-        return value.op == "placeholder" or any(map(self._may_train, value.all_input_nodes))
+        seen: set[fx.Node] = set()
+        stack = [value]
+        while stack:
+            node = stack.pop()
+            if not isinstance(node, fx.Node) or node in seen or node.target is aten.detach.default:
+                continue
+            seen.add(node)
+            meta = node.meta.get("val")
+            if not isinstance(meta, (Tensor, tuple, list)):
+                continue
+            if isinstance(meta, Tensor) and not (meta.is_floating_point() or meta.is_complex()):
+                continue
+            if node.op == "placeholder" or (node.op == "get_attr" and self._is_parameter(node)):
+                return True
+            stack.extend(node.all_input_nodes)
+        return False
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        return node.target in self.weights and self.weights[str(node.target)].kind == "parameter"
 
     def _relocate(self, node: fx.Node) -> None:
         """Module paths as the user knows them: without the wrapper the model was exported in."""

@@ -130,7 +130,7 @@ def _capture(call: Call, dynamic_shapes: Any, mode: str) -> Program:
 def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
     """The first capture that computes what the model computes at every trial, or the one that does at most of them."""
     trials = [trials_of(call, training) for training in ((True, False) if both else (None,))]
-    best, most, failure = None, -1, None
+    best, most, failure = None, (-1, 0), None
     for plan in _plans(call, dynamic_shapes):
         try:
             program = _attempt(call, plan, both)
@@ -143,9 +143,14 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
         if False in verdicts:
             failure = failure or _wrong(call)
             continue
-        if verdicts.count(True) > most:
-            best, most = program, verdicts.count(True)
-        if most == len(verdicts) or (call.embedded and most and _fixes_length(best, call)):
+        score = (verdicts.count(True), -len(program.signature.conditions))
+        if score > most:
+            best, most = program, score
+        if call.embedded and _fixes_length(program, call):
+            # No other plan frees the length; one without it may have fewer conditions.
+            if not _branches_of(program) or not any(size and len(size) > 1 for size in plan.sizes):
+                break
+        elif all(verdicts):
             break
     if best is None:
         assert failure is not None
@@ -154,9 +159,14 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
     return best
 
 
-def _fixes_length(program: Program | None, call: Call) -> bool:
-    """Whether the batch is free and the length is not, in every input that has one: no other plan will do better."""
-    assert program is not None
+def _branches_of(program: Program) -> list[str]:
+    """The conditions of a program besides the sizes that are fixed."""
+    fixed = set(_fixed(program))
+    return [condition for condition in program.signature.conditions if condition not in fixed]
+
+
+def _fixes_length(program: Program, call: Call) -> bool:
+    """Whether the batch is free and the length is not, in every input that has one."""
     sizes = [(node.meta.get("val"), size) for node, size in zip(program.placeholders, _wanted(call, call.leaves), strict=True)]
     free = [(static(value.shape[dim]) is None, dim) for value, size in sizes if isinstance(value, Tensor) for dim in size or ()]
     return all(is_free == (dim == 0) for is_free, dim in free)
@@ -209,7 +219,7 @@ def _raw(call: Call, plan: _Plan, training: bool | None) -> Program:
         exported = export(call.model, plan.leaves, call.in_spec, plan.sizes, oblivious=plan.oblivious)
         recording = call.recording
         signature = Signature.of(call.model.forward, type(call.model).__name__, call.args, call.kwargs, recording.out_spec)
-        program = build(exported, call.model, PREFIX, signature, call.leaves)
+        program = build(exported, call.model, PREFIX, signature, call.leaves, recording.inference)
     program.signature = dataclasses.replace(signature, conditions=(*_branches(exported), *_fixed(program)))
     return program
 

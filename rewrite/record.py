@@ -38,6 +38,7 @@ class Recording:
         out_spec: the tree of the output.
         calls: how often each submodule was called, by path, in the order of the first call; the root is "".
         inputs: ``(args, kwargs)`` of the first call of each submodule, cloned; empty unless they were asked for.
+        inference: which of the outputs the forward computes in inference mode.
         effects: what the forward changed besides buffers, ``self.last`` for an attribute of the root.
     """
 
@@ -45,6 +46,7 @@ class Recording:
     out_spec: Any = None
     calls: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    inference: tuple[bool, ...] = ()
     effects: tuple[str, ...] = ()
 
 
@@ -64,6 +66,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, 
         for leaf in flat:
             if not isinstance(leaf, _LEAVES):
                 raise _unknown_class(type(model), type(leaf))
+        recording.inference = tuple(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in flat)
         # An output may be a parameter or a buffer of the model, which is about to be put back.
         recording.outputs = clone_leaves(tuple(flat))
     recording.effects = snapshot.effects

@@ -282,6 +282,31 @@ def test_gradients_through_a_no_grad_region():
     assert model_b is None and torch.equal(mine[0], x.grad) and torch.equal(mine[1], model.b.grad)
 
 
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.linear = nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.linear(self.norm(x)), x.detach() * 2, ids
+
+
+@pytest.mark.parametrize("decorator", [torch.no_grad, torch.inference_mode])
+def test_a_forward_without_gradients(decorator):
+    class Decorated(Norms):
+        forward = decorator()(Norms.forward)
+
+    model, ids = Decorated().eval(), torch.randint(0, 9, (2, 3))
+    program = capture(model, (ids,))
+    outputs = interpret(program, [ids])
+    assert not any(output.requires_grad for output in outputs) and torch.equal(outputs[0], model(ids)[0])
+    floating = program.output.args[0][:2]
+    assert all(node.target is aten.detach.default for node in floating)
+    plain = Norms()
+    assert [output.requires_grad for output in interpret(capture(plain, (ids,)), [ids])] == [True, False, False]
+
+
 # -- the model is what it was ---------------------------------------------------------------------------------
 
 
