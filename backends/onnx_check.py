@@ -36,7 +36,7 @@ def compare(
     program: Program, file: Path, provider: str, dynamic: bool, reference: Reference | None, names: Sequence[str]
 ) -> tuple[float, tuple[str, ...]]:
     """The worst relative error of the file's outputs, and the sizes it was measured at."""
-    session = open_session(file, provider)
+    session = open_session(file, provider, hint=_hint(program))
     others = [sample.inputs for sample in samples(program)] if dynamic else []
     inputs = [program.example, *(x for x in others if _shapes(x) != _shapes(program.example))]
     bound = tolerance(program)
@@ -48,11 +48,12 @@ def compare(
             if flat is program.example:
                 raise
             continue  # a size that the model itself does not take
-        feed = {x.name: y.detach().cpu().numpy() for x, y in zip(session.get_inputs(), _tensors(flat), strict=True)}
         try:
+            feed = {x.name: y.detach().cpu().numpy() for x, y in zip(session.get_inputs(), _tensors(flat), strict=True)}
             found = [torch.from_numpy(x) for x in session.run(None, feed)]
         except Exception as error:
-            raise ExportError(f"ONNX Runtime cannot run {program.name} at {_sizes(session, flat)}: {error}") from error
+            sentence = f"ONNX Runtime cannot run {program.name} at {_sizes(session, flat)}: {error}"
+            raise ExportError(sentence, hint=_hint(program)) from error
         errors = {name: relative_error(a, b.cpu()) for name, a, b in zip(names, found, expected, strict=True)}
         name = max(errors, key=lambda n: errors[n], default="")
         if errors and errors[name] > bound:
@@ -69,8 +70,8 @@ def _shapes(flat: Sequence[Any]) -> list[torch.Size]:
     return [x.shape for x in _tensors(flat)]
 
 
-def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
-    """An ONNX Runtime session on ``file``.
+def open_session(file: Path, provider: str, threads: int | None = None, *, hint: str | None = None) -> Any:
+    """An ONNX Runtime session on ``file``; ``hint`` is what to try if it does not load.
 
     Raises:
         ExportError: the file does not load, or not with this provider.
@@ -82,17 +83,28 @@ def open_session(file: Path, provider: str, threads: int | None = None) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load the file: {error}") from error
+        raise ExportError(f"ONNX Runtime cannot load the file: {error}", hint=hint) from error
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise ExportError(f"ONNX Runtime did not load its {PROVIDERS[provider]}", hint="check its CUDA and cuDNN versions")
     return session
 
 
+def _hint(program: Program) -> str | None:
+    """ONNX Runtime has all its kernels for float32 alone."""
+    other = dtypes(program) & {torch.bfloat16, torch.float16, torch.float64}
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in other))
+    return f"model.float(); ONNX Runtime has not every kernel for {names}" if other else None
+
+
+def dtypes(program: Program) -> set[torch.dtype]:
+    """The dtypes of the weights, inputs and outputs."""
+    nodes = [*program.placeholders, *program.graph.find_nodes(op="get_attr"), *program.output.all_input_nodes]
+    return {node.meta["val"].dtype for node in nodes if isinstance(node.meta.get("val"), Tensor)}
+
+
 def tolerance(program: Program) -> float:
     """How far the file may be from PyTorch, by the coarsest floating dtype of weights, inputs and outputs."""
-    nodes = [*program.placeholders, *program.graph.find_nodes(op="get_attr"), *program.output.all_input_nodes]
-    dtypes = {node.meta["val"].dtype for node in nodes if isinstance(node.meta.get("val"), Tensor)}
-    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+    return max((TOLERANCE[dtype] for dtype in dtypes(program) if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
 
 
 @torch.no_grad()

@@ -157,6 +157,12 @@ def _validate(program: Program, provider: str, opset: int) -> None:
         raise UsageError(f"opset {opset} cannot be written; {OPSETS[0]} to {OPSETS[-1]} can")
     if program.mode == "train":
         raise UsageError(f"{program.name} was captured in train mode, an ONNX file computes eval mode", hint="call model.eval()")
+    border = [*program.placeholders, *program.output.all_input_nodes]
+    if any(isinstance(x := node.meta.get("val"), Tensor) and x.is_complex() for node in border):
+        raise ExportError(
+            f"{program.name} takes or returns complex numbers, and complex numbers are not supported by ONNX",
+            hint="torch.view_as_real at the border",
+        )
 
 
 # -- torch to ONNX --------------------------------------------------------------------------------------------

@@ -218,6 +218,30 @@ def test_nothing_is_printed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("function", "x"), [(torch.fft.fft, X), (torch.real, X.to(torch.complex64))])
+def test_complex_numbers_at_the_border_are_said_before_any_work(function, x, tmp_path, monkeypatch):
+    class Spectral(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    captured = capture(Spectral().eval(), (x,))
+    monkeypatch.setattr(module, "_translate", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ExportError, match="complex numbers are not supported by ONNX"):
+        to_onnx(captured, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_dtype_without_a_kernel_is_said(dtype, tmp_path):
+    captured = capture(nn.Conv1d(3, 3, 1).eval().to(dtype), (torch.randn(2, 3, 4, dtype=dtype),))
+    with pytest.raises(ExportError, match=r"(?s)cannot load the file.*try: model\.float\(\)"):
+        to_onnx(captured, tmp_path / "net.onnx")
+
+
+def test_a_dtype_that_numpy_lacks_is_said(tmp_path):
+    with pytest.raises(ExportError, match=r"(?s)cannot run Flatten.*try: model\.float\(\).*bfloat16"):
+        to_onnx(capture(nn.Flatten().eval(), (X.bfloat16(),)), tmp_path / "net.onnx")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes(dtype, tmp_path):
     report = to_onnx(capture(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval().to(dtype), (X.to(dtype),)), tmp_path / "net.onnx")
