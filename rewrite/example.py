@@ -96,6 +96,7 @@ def call_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     args, kwargs = own = clone_leaves((tuple(args), dict(kwargs)))
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     names = Signature.of(model.forward, type(model).__name__, args, kwargs, None).leaf_names
+    _check_layouts(leaves, names)
     _check_devices(model, leaves, names)
     recording = _record(model, args, kwargs)
     sizes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
@@ -152,7 +153,8 @@ def _check_weights(model: nn.Module) -> None:
             raise UsageError(f"the parameter '{name}' has no shape yet", hint="one call of the model, which makes it")
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel() or tensor.layout is not torch.strided:
             continue
-        low, high = torch.aminmax(tensor.detach())
+        # Eight bits have no minimum of their own, nor have the types without infinities.
+        low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
         if low.isnan() or high.isnan():
             raise UsageError(f"the weight '{name}' has NaN", hint="a checkpoint without NaN")
         # A buffer may hold infinities on purpose, as masks do.
@@ -168,6 +170,14 @@ def _check_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         raise UsageError(
             f"the example inputs do not fit {type(model).__name__}.forward: {error}", hint=f"args and kwargs for forward({takes})"
         ) from None
+
+
+def _check_layouts(leaves: Sequence[Any], names: Sequence[str]) -> None:
+    for leaf, name in zip(leaves, names, strict=True):
+        if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            hint = f"{name}.to_padded_tensor(0.0)" if leaf.is_nested else f"{name}.to_dense()"
+            raise UsageError(f"the input '{name}' is a {kind} tensor, which a graph of dense tensors cannot take", hint=hint)
 
 
 def _check_devices(model: nn.Module, leaves: Sequence[Any], names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ sentence and the line of their own code.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import os
 import re
@@ -93,6 +94,9 @@ def given_sizes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     Raises:
         UsageError: the specification does not fit the inputs.
     """
+    if isinstance(spec, str):
+        near = difflib.get_close_matches(spec, ("auto", "static"), 1)
+        raise UsageError(f"there are no dynamic_shapes {spec!r}", hint=f'"{near[0]}"' if near else 'one of "auto", "static"')
     if hasattr(spec, "dynamic_shapes"):  # ShapesCollection, AdditionalInputs
         spec = spec.dynamic_shapes(model, tuple(args), dict(kwargs))
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
@@ -111,11 +115,17 @@ def given_sizes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
             if name not in kwargs:
                 positional.append(entry)
     try:
-        return _spread([list(args), dict(kwargs)], [positional[: len(args)], {name: by_name.get(name) for name in kwargs}])
+        sizes = _spread([list(args), dict(kwargs)], [positional[: len(args)], {name: by_name.get(name) for name in kwargs}])
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"dynamic_shapes does not fit the inputs: {error}", hint="give one entry per argument, as torch.export takes them"
         ) from None
+    for leaf, size in zip(pytree.tree_leaves((tuple(args), dict(kwargs))), sizes, strict=True):
+        for dim in size if isinstance(size, Mapping) else ():
+            if not isinstance(leaf, Tensor) or not isinstance(dim, int) or not 0 <= dim < leaf.dim():
+                shape = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise UsageError(f"dynamic_shapes does not fit the inputs: {shape} has no dimension {dim}")
+    return sizes
 
 
 def _spread(tree: Any, spec: Any) -> list[Sizes]:

@@ -97,6 +97,8 @@ class Signature:
         self._refuse_new(given)
         flat, spec = pytree.tree_flatten((tuple(values), keywords))
         if spec != self.in_spec:
+            flat, spec = pytree.tree_flatten(_in_order((tuple(values), keywords), self.in_spec))
+        if spec != self.in_spec:
             raise UsageError(
                 f"the inputs of {self.owner} have another structure than when it was captured",
                 hint="capture the model again with inputs of this structure",
@@ -171,6 +173,19 @@ def holds(condition: str, leaves: Sequence[Any]) -> bool:
 @functools.cache
 def _compiled(condition: str) -> types.CodeType:
     return compile(condition, "<condition>", "eval")
+
+
+def _in_order(tree: Any, spec: Any) -> Any:
+    """``tree`` with the entries of its dicts in the order that ``spec`` has them, as far as the two are alike."""
+    if type(tree) is not spec.type or not isinstance(tree, (dict, list, tuple)):
+        return tree
+    if type(tree) is dict:
+        if set(tree) != set(spec.context):
+            return tree
+        return {key: _in_order(tree[key], child) for key, child in zip(spec.context, spec.children(), strict=True)}
+    if type(tree) in (list, tuple) and len(tree) == spec.num_children:
+        return type(tree)(map(_in_order, tree, spec.children()))
+    return tree
 
 
 def _equal(a: Any, b: Any) -> bool:

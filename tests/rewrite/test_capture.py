@@ -443,12 +443,45 @@ def _nan():
         (lambda: capture(nn.BatchNorm1d(4), (torch.randn(2, 4),)), "training mode and has batch normalisation"),
         (lambda: capture(nn.LazyLinear(4), (torch.randn(2, 4),)), "'weight' has no shape yet"),
         (lambda: capture(Block(), (torch.randn(2, 5, 8),), mode="evil"), "there is no mode 'evil'"),
+        (lambda: capture(Block(), (torch.randn(2, 5, 8),), dynamic_shapes="auot"), "no dynamic_shapes 'auot'\n  try: \"auto\""),
+        (lambda: capture(Block(), (torch.randn(2, 5, 8),), dynamic_shapes=({7: torch.export.Dim.AUTO},)), "has no dimension 7"),
+        (lambda: capture(Block(), (torch.randn(2, 5, 8).to_sparse(),)), "'x' is a sparse_coo tensor"),
+        (
+            lambda: capture(Block(), (torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged),)),
+            "'x' is a nested tensor",
+        ),
         (lambda: capture(torch.compile(Block(), backend="eager"), (torch.randn(2, 5, 8),)), "compiled already"),
     ],
 )
 def test_bad_input(call, sentence):
     with pytest.raises(UsageError, match=sentence.replace("(", r"\(")):
         call()
+
+
+def test_weights_of_eight_bits():
+    class Eight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(4, 4).to(torch.float8_e4m3fn))
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype)
+
+    model, x = Eight(), torch.randn(3, 4)
+    assert torch.equal(answers(capture(model, (torch.randn(2, 4),)), x), model(x))
+
+
+def test_the_entries_of_a_dict_have_no_order():
+    class Takes(nn.Module):
+        def forward(self, d):
+            return d["a"] - d["b"][0]["d"] * d["b"][0]["c"]
+
+    one, two, three = torch.randn(3, 2, 4)
+    program = capture(Takes(), ({"a": one, "b": [{"c": two, "d": three}]},))
+    wanted = answers(program, {"a": one, "b": [{"c": two, "d": three}]})
+    assert torch.equal(answers(program, {"b": [{"d": three, "c": two}], "a": one}), wanted)
+    with pytest.raises(UsageError, match="another structure"):
+        answers(program, {"b": [{"d": three, "x": two}], "a": one})
 
 
 def test_meta_weights():
