@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from ._torch import erased
+from ._torch import erased, storage_key
 from .errors import require
 from .metadata import Derived, Metadata, value_of
 from .ops import OPS, Op, Ops, form_of, is_pure
@@ -40,6 +40,7 @@ class Editor:
         self._constant: dict[fx.Node, bool] = {}
         self._expressions: dict[fx.Node, Expression | None] = {}
         self._attributes: dict[str, fx.Node] = {}
+        self._reads: dict[int, list[fx.Node]] | None = None
 
     def before(self, anchor: fx.Node, origin: fx.Node | None = None) -> GraphOps:
         """An interpretation of ``op`` that emits before ``anchor``, with the provenance of ``origin``."""
@@ -86,7 +87,23 @@ class Editor:
             with graph.inserting_before(next(iter(graph.nodes))):
                 node = self._attributes[name] = graph.get_attr(name)
             node.meta["val"] = self.program.weights[name].meta
+            self._enter(node)
         return node
+
+    def readers(self, leaf: str) -> Iterator[fx.Node]:
+        """The nodes that read the storage of a leaf, under any of its names. O(their number) after the first question."""
+        if self._reads is None:
+            self._reads = {}
+            for node in self.program.graph.find_nodes(op="get_attr"):
+                self._enter(node)
+        for node in self._reads.get(storage_key(self.program.weights.leaves[leaf]), ()):
+            if not erased(node):
+                yield from node.users
+
+    def _enter(self, node: fx.Node) -> None:
+        weight = self.program.weights.entries.get(str(node.target))
+        if self._reads is not None and weight is not None and not weight.edited:
+            self._reads.setdefault(storage_key(self.program.weights.leaves[weight.name]), []).append(node)
 
 
 class GraphOps(Ops):

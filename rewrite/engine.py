@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from torch import fx
 
-from ._torch import erased, no_new_guards, storage_key
+from ._torch import erased, no_new_guards
 from .emit import Editor, GraphOps
 from .equation import Equation, Match, require_sole_readers
 from .errors import ClaimBroken, InvalidGraph, Refused, require
@@ -124,7 +124,6 @@ class _Engine:
         self.checked: dict[Hashable, float | ClaimBroken | None] = {}
         self.fired: list[str] = []
         self.made: dict[fx.Node, Equation] = {}
-        self.readers = _Readers(program)
 
     # -- the worklist -----------------------------------------------------------------------------------------
 
@@ -172,7 +171,8 @@ class _Engine:
             except Refused as refusal:
                 reason = reason or str(refusal)
             else:
-                self.refusals.pop((candidate.rule, node), None)
+                if self.refusals:
+                    self.refusals.pop((candidate.rule, node), None)
                 return True
         if reason is not None and self.made.get(node) is not candidate.rule:
             self.refusals[candidate.rule, node] = reason
@@ -225,7 +225,7 @@ class _Engine:
         results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if len(results) != len(match.roots) or not all(isinstance(r, (fx.Node, Derived)) for r in results):
             raise InvalidGraph(f"{rule.name} returns {results} for {len(match.roots)} values", where=place(match.root))
-        return tuple(op.node(result) for result in results)
+        return tuple(map(op.node, results))
 
     def compare(self, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...]) -> dict[fx.Node, Any]:
         """New metadata by old node, where strides changed; every reader downstream must be able to run on it."""
@@ -237,6 +237,8 @@ class _Engine:
             change = difference(was, becomes)
             require(change is None, f"the result would change: {change}")
             overlay[before] = becomes
+        if not overlay:
+            return overlay
         pending = sorted({user for node in overlay for user in node.users}, reverse=True)
         while pending:
             node = pending.pop()
@@ -259,7 +261,7 @@ class _Engine:
                 source = self.program.weights.leaves[leaf]
                 if source.ndim < 2 or source.numel() > product(weight.meta.shape):
                     continue
-                reader = next((user for user in self.readers.of(leaf) if user not in dying), None)
+                reader = next((user for user in self.editor.readers(leaf) if user not in dying), None)
                 if reader is not None:
                     raise Refused(f"'{leaf}' would be stored twice: {target_name(reader)} '{reader.name}' also reads it")
 
@@ -322,26 +324,6 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
         raise
     context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
     engine.commit(op, before, after, overlay)
-
-
-class _Readers:
-    """Who reads the storage of a leaf: names by storage, and the nodes that read a name."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._names: dict[int, list[str]] | None = None
-
-    def of(self, leaf: str) -> Iterator[fx.Node]:
-        weights = self.program.weights
-        if self._names is None:
-            self._names = {}
-            for name, weight in weights.entries.items():
-                if not weight.edited:
-                    self._names.setdefault(storage_key(weights.leaves[name]), []).append(name)
-        names = self._names.get(storage_key(weights.leaves[leaf]), ())
-        for node in self.program.graph.find_nodes(op="get_attr"):
-            if node.target in names:
-                yield from node.users
 
 
 def _frontier(values: Iterable[Any]) -> set[fx.Node]:

@@ -72,8 +72,10 @@ class Metadata:
 
     def key(self, x: Any) -> Hashable:
         """Everything an op can see of an operand."""
-        if x.__class__ is fx.Node or x.__class__ is Derived:
-            x = value_of(x)
+        if x.__class__ is fx.Node:
+            x = x.meta.get("val")
+        elif x.__class__ is Derived:
+            x = x.fake
         if known := self.keys.get(id(x)):
             return known[1]
         if isinstance(x, Tensor):

@@ -104,7 +104,7 @@ class Context:
             return False
         if self.only and not any(_selects(entry, rewrite, node) for entry in self.only):
             return False
-        return not any(_selects(entry, rewrite, node) for entry in self.skip)
+        return not self.skip or not any(_selects(entry, rewrite, node) for entry in self.skip)
 
     def applied(self, rewrite: Pass, node: fx.Node, note: str = "", error: float | None = None) -> None:
         """Record an application at ``node`` and spend its fuel."""
