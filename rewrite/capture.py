@@ -250,6 +250,8 @@ def _fixed(program: Program) -> Iterator[str]:
 def _notes(call: Call) -> Iterator[str]:
     for effect in call.recording.effects:
         yield f"the forward changes {effect}; the program does not"
+    if call.recording.remembers:
+        yield f"{type(call.model).__name__} keeps state between calls; the program computes what the first call does"
     for path, module in call.model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             yield f"the backward hooks of '{path or type(module).__name__}' are not part of the program"

@@ -40,6 +40,7 @@ class Recording:
         inputs: ``(args, kwargs)`` of the first call of each submodule, cloned; empty unless they were asked for.
         inference: which of the outputs the forward computes in inference mode.
         effects: what the forward changed besides buffers, ``self.last`` for an attribute of the root.
+        remembers: whether a second call, after these changes, gives another output.
     """
 
     outputs: tuple[Any, ...] = ()
@@ -48,6 +49,7 @@ class Recording:
     inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     inference: tuple[bool, ...] = ()
     effects: tuple[str, ...] = ()
+    remembers: bool = False
 
 
 def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, keep_inputs: bool = False) -> Recording:
@@ -59,18 +61,36 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, 
         CaptureError: the forward returns an object that is no tensor, container, dataclass or plain value.
     """
     recording = Recording()
-    with undisturbed(model) as snapshot, _counting(model, recording, keep_inputs):
-        output = _call(model, args, kwargs, snapshot)
+    with undisturbed(model) as snapshot:
+        with _counting(model, recording, keep_inputs):
+            output = _call(model, args, kwargs, snapshot)
         register_classes(output)
         flat, recording.out_spec = pytree.tree_flatten(output)
         for leaf in flat:
             if not isinstance(leaf, _LEAVES):
                 raise _unknown_class(type(model), type(leaf))
         recording.inference = tuple(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in flat)
+        recording.effects = snapshot.changes()
         # An output may be a parameter or a buffer of the model, which is about to be put back.
         recording.outputs = clone_leaves(tuple(flat))
-    recording.effects = snapshot.effects
+        if recording.effects and not any(leaf.is_meta for leaf in flat if isinstance(leaf, Tensor)):
+            snapshot.restore_tensors()
+            try:
+                recording.remembers = not _same_leaves(
+                    recording.outputs, pytree.tree_leaves(_call(model, args, kwargs, snapshot))
+                )
+            except Exception:  # the second call does not run at all
+                recording.remembers = True
     return recording
+
+
+def _same_leaves(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return type(x) is type(y) and bool(x == y)
+        return x.shape == y.shape and x.dtype == y.dtype and (torch.equal(x, y) or torch.allclose(x, y, equal_nan=True))
+
+    return len(a) == len(b) and all(map(same, a, b))
 
 
 def eager(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -220,7 +240,6 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.effects: tuple[str, ...] = ()
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: dict[int, Tensor] = {}
         self.copies: dict[int, tuple[Tensor, Any]] = {}
@@ -266,24 +285,36 @@ class Snapshot:
         with OperatorObserver(before):
             yield
 
-    def restore(self) -> None:
-        """Put back what changed, and note in ``effects`` what that was (buffers apart: a program writes them too)."""
+    def changes(self) -> tuple[str, ...]:
+        """The attributes that are not what they were (buffers apart: a program writes them too)."""
         names = {id(module): path for path, module in self.model.named_modules()}
         changed: list[str] = []
         for item, before in self.contents:
             now = _children(item)
             if _identical(now, before):
                 continue
-            _put_back(item, before)
             if isinstance(item, nn.Module) and isinstance(now, dict):
                 path = names.get(id(item), "")
                 keys = [k for k in {**before, **now} if before.get(k, _NOTHING) is not now.get(k, _NOTHING) and k != "training"]
                 changed.extend(".".join(filter(None, ("self", path, str(key)))) for key in keys)
             elif not _is_table(item, self.contents):
                 changed.extend(self._owners(item, names))
+        return tuple(dict.fromkeys(changed))
+
+    def restore(self) -> None:
+        """Put back what changed."""
+        for item, before in self.contents:
+            if not _identical(_children(item), before):
+                _put_back(item, before)
+        self.restore_tensors()
+
+    def restore_tensors(self) -> None:
+        """Put back the parameters and the buffers, and leave other attributes as they are."""
+        for item, before in self.contents:
+            if not _identical(_children(item), before) and _is_table(item, self.contents):
+                _put_back(item, before)
         for tensor, memory in self.copies.values():
             tensor.untyped_storage().copy_(memory)
-        self.effects = tuple(dict.fromkeys(changed))
 
     def _owners(self, item: Any, names: Mapping[int, str]) -> list[str]:
         """The attributes that hold a container, for the note about it."""

@@ -365,6 +365,27 @@ def test_running_a_program_moves_no_statistics():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class Counts(nn.Module):
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.uses, self.calls, self.drop = uses, 0, nn.Dropout(0.5)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.steps += 1
+        return self.drop(x) * (self.calls if self.uses else 1) + self.steps
+
+
+def test_state_between_calls_is_noted():
+    x = torch.randn(2, 4)
+    changes = "the forward changes self.calls; the program does not"
+    said = [changes, "Counts keeps state between calls; the program computes what the first call does"]
+    model = Counts(uses=True)
+    assert capture(model, (x,)).notes == said and model.calls == 0 and float(model.steps) == 0
+    assert capture(Counts(uses=False), (x,)).notes == [changes]
+
+
 def test_backward_hooks_are_noted():
     model = Block().eval()
     model.linear.register_full_backward_hook(lambda module, grads, outputs: None)
