@@ -26,7 +26,7 @@ from .metadata import Derived, difference, refresh
 from .ops import OPS, is_pure, normal
 from .pass_base import Context, Pass
 from .patterns import Entry, Found, Pattern, compile_pattern
-from .program import Program, place, target_name
+from .program import Program, line, place, target_name
 from .region import Region, hold, region_between, signature
 from .shapes import product
 from .weights import leaves
@@ -193,8 +193,7 @@ class _Engine:
 
         op = self.editor.before(self.anchor(match), origin=match.root)
         try:
-            roots = self.build(rule, op, match)
-            overlay = self.compare(match.roots, roots)
+            roots, overlay = self.stage(rule, op, match)
             self.refuse_second_copies(op, match.roots)
             error = self.check(rule, op, found, roots)
         except Exception:
@@ -219,6 +218,14 @@ class _Engine:
         late = next((node for node in _frontier(match.values.values()) if not node < anchor), None)
         require(late is None, f"'{late}' is computed only after one of the siblings is read")
         return anchor
+
+    def stage(self, rule: Equation, op: GraphOps, match: Match) -> tuple[tuple[fx.Node, ...], dict[fx.Node, Any]]:
+        """The new roots and what changes downstream; what cannot stand here is refused with the graph around it."""
+        try:
+            roots = self.build(rule, op, match)
+            return roots, self.compare(match.roots, roots)
+        except Refused as refusal:
+            raise Refused(f"{refusal}\n{_surroundings(match.nodes, op)}") from refusal
 
     def build(self, rule: Equation, op: GraphOps, match: Match) -> tuple[fx.Node, ...]:
         result = rule.after(op, **match.values)
@@ -324,6 +331,13 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
         raise
     context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
     engine.commit(op, before, after, overlay)
+
+
+def _surroundings(nodes: tuple[fx.Node, ...], op: GraphOps) -> str:
+    """The lines of the graph that a match touches: what it reads, itself (marked), what was to replace it, its readers."""
+    near = {*nodes, *(near for node in nodes for near in (*node.all_input_nodes, *node.users)), *op.created}
+    marks = {**dict.fromkeys(nodes, "-"), **dict.fromkeys(op.created, "+")}
+    return "\n".join(f"  {marks.get(node, ' ')} {line(node)}" for node in sorted(near))
 
 
 def _frontier(values: Iterable[Any]) -> set[fx.Node]:

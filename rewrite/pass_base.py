@@ -45,7 +45,8 @@ class Application:
 class Refusal:
     """One place where a rewrite declined, with the sentence that says why.
 
-    Attributes: as of ``Application``; ``reason`` is the sentence.
+    Attributes: as of ``Application``; ``reason`` is the sentence, on lines of its own followed by the graph around the
+        place where the new nodes could not stand there.
     """
 
     rewrite: str

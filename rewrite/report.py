@@ -127,7 +127,7 @@ class Report:
 
     def _refused(self) -> Table:
         table = Table("did not fire", "times", "why", box=None, pad_edge=True)
-        for (name, reason), count in Counter((r.rewrite, r.reason) for r in self.refusals).items():
+        for (name, reason), count in Counter((r.rewrite, r.reason.partition("\n")[0]) for r in self.refusals).items():
             table.add_row(name, str(count), reason)
         return table
 

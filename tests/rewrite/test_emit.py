@@ -117,3 +117,20 @@ def test_an_expression_deeper_than_the_stack_is_no_problem():
     program = capture(Deep(), (torch.randn(3, 4),))
     assert program.expression(program.output.args[0][0]) is None
     assert Editor(program).expression(program.output.args[0][0]) is None
+
+
+def test_the_readers_of_a_leaf_are_found_under_all_its_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x).tanh()
+
+    program = capture(Tied(), (torch.randn(3, 4),))
+    editor = Editor(program)
+    assert [reader.name for reader in editor.readers("a.weight")] == ["linear", "linear_1"]
+    tanh = program.graph.find_nodes(op="call_function", target=aten.tanh.default)[0]
+    new = editor.before(tanh).linear(tanh.args[0], editor.attribute("a.weight"))
+    assert new in list(editor.readers("a.weight")), "also what is emitted later"
