@@ -137,14 +137,15 @@ def _closed(old: Program, new: Program, pairs: list[tuple[Block, Block]], varyin
 
 
 def _crosses_paired(ours: Block, theirs: Block, varying: set[str]) -> bool:
-    """Whether every value that leaves the new block stands for one of the old block, and what enters enters the old one.
+    """Whether every value that leaves the new block stands for one of the old block, and the same values enter both.
 
-    A value that gradients do not reach may come from anywhere.
+    Two equal values that were merged are one input with the gradient of both. A value that gradients do not reach may come
+    from anywhere.
     """
     names, inside = {node.name for node in ours.nodes}, set(theirs.nodes)
     leaving = (node for node in theirs.nodes if any(user not in inside for user in node.users))
-    entering = {_origin(node) for node in _inputs(theirs)} & varying
-    return all(_origin(node) in names for node in leaving) and entering <= {_origin(node) for node in _inputs(ours)}
+    entered, enters = ({_origin(node) for node in _inputs(block)} & varying for block in (ours, theirs))
+    return all(_origin(node) in names for node in leaving) and entered == enters
 
 
 def _varying(program: Program) -> set[str]:

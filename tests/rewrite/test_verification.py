@@ -222,3 +222,21 @@ def test_a_value_computed_once_for_all_blocks_is_no_gradient_of_one() -> None:
     first, second = (call(new, aten.exp.default, i) for i in (0, 1))
     second.replace_all_uses_with(first)
     assert check_program(old, new, ALGEBRAIC).gradient is not None
+
+
+def test_two_merged_values_are_one_input_of_the_next_block() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.blocks[0](x)
+            return self.blocks[1](h.exp()) * h.exp()
+
+    old = capture(Twice().eval(), (torch.randn(3, D),))
+    new = old.copy()
+    first, second = (call(new, aten.exp.default, i) for i in (0, 1))
+    second.replace_all_uses_with(first)
+    new.graph.erase_node(second)
+    assert check_program(old, new, ALGEBRAIC).gradients > 0
