@@ -122,18 +122,45 @@ def _pair_blocks(old: Program, new: Program) -> list[tuple[Block, Block]]:
     return [(block, Block(block.path, nodes)) for block, nodes in zip(ours, assigned, strict=True)]
 
 
-def _closed(old: Program, new: Program, pairs: list[tuple[Block, Block]], varying: set[str]) -> list[tuple[Block, Block]]:
-    """Join neighbouring blocks until nothing unpaired crosses a border: a shift may have moved into the next block."""
-    closed: list[tuple[Block, Block]] = []
-    pending: tuple[Block, Block] | None = None
-    for ours, theirs in pairs:
-        if pending is not None:
-            ours, theirs = (Block(a.path, a.nodes + b.nodes) for a, b in zip(pending, (ours, theirs), strict=True))
-        pending = ours, theirs
-        if _crosses_paired(ours, theirs, varying) and _leaves_of(old, ours) == _leaves_of(new, theirs):
-            closed.append(pending)
-            pending = None
-    return closed if pending is None else [*closed, pending]
+Pair = tuple[Block, Block]
+
+
+def _closed(old: Program, new: Program, pairs: list[Pair], varying: set[str]) -> list[Pair]:
+    """Join neighbouring blocks until nothing unpaired crosses a border.
+
+    A shift may have moved into the next block, a value may now be computed in an earlier one.
+    """
+    closed: list[Pair] = []
+    pending: Pair | None = None
+
+    def settle(reach: int) -> bool:
+        """Whether ``pending``, joined with up to ``reach`` closed blocks before it, is closed; if so it is entered."""
+        nonlocal pending
+        candidate = pending
+        for taken in range(min(reach, len(closed)) + 1):
+            if taken:
+                candidate = _join(closed[-taken], candidate)
+            assert candidate is not None
+            ours, theirs = candidate
+            if _crosses_paired(ours, theirs, varying) and _leaves_of(old, ours) == _leaves_of(new, theirs):
+                closed[len(closed) - taken :] = [candidate]
+                pending = None
+                return True
+        return False
+
+    for pair in pairs:
+        pending = _join(pending, pair)
+        settle(reach=2)
+    if pending is not None and not settle(reach=len(closed)):
+        closed.append(pending)
+    return closed
+
+
+def _join(first: Pair | None, second: Pair | None) -> Pair | None:
+    if first is None or second is None:
+        return first or second
+    ours, theirs = (Block(a.path, a.nodes + b.nodes) for a, b in zip(first, second, strict=True))
+    return ours, theirs
 
 
 def _crosses_paired(ours: Block, theirs: Block, varying: set[str]) -> bool:
