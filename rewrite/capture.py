@@ -22,6 +22,7 @@ from .errors import CaptureError, Refused, UsageError
 from .example import Call, agrees, answer, call_of, resized, trials_of
 from .export import PREFIX, Sizes, automatic_sizes, export, given_sizes
 from .functional import functionalize
+from .interpret import written
 from .modes import merge
 from .program import Program
 from .record import record, undisturbed
@@ -155,6 +156,13 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
     if best is None:
         assert failure is not None
         raise failure
+    lost = set(call.recording.replaced) - {str(node.target) for node in written(best.graph) if node.op == "get_attr"}
+    if lost:
+        raise CaptureError(
+            f"the forward assigns '{min(lost)}' anew, torch.export drops that, and the next call of "
+            f"{type(call.model).__name__} would not see it",
+            hint=f"write it in place: self.{min(lost)}.copy_(…)",
+        )
     best.notes = [*_notes(call), *_size_notes(best, call, dynamic_shapes)]
     return best
 

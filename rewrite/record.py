@@ -41,6 +41,7 @@ class Recording:
         inference: which of the outputs the forward computes in inference mode.
         effects: what the forward changed besides buffers, ``self.last`` for an attribute of the root.
         remembers: whether a second call, after these changes, gives another output.
+        replaced: buffers and parameters that the forward assigns anew, if a second call sees it.
     """
 
     outputs: tuple[Any, ...] = ()
@@ -50,6 +51,7 @@ class Recording:
     inference: tuple[bool, ...] = ()
     effects: tuple[str, ...] = ()
     remembers: bool = False
+    replaced: tuple[str, ...] = ()
 
 
 def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, keep_inputs: bool = False) -> Recording:
@@ -73,6 +75,11 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, 
         recording.effects = snapshot.changes()
         # An output may be a parameter or a buffer of the model, which is about to be put back.
         recording.outputs = clone_leaves(tuple(flat))
+        replaced = snapshot.replaced()
+        if replaced and not any(leaf.is_meta for leaf in flat if isinstance(leaf, Tensor)):
+            snapshot.restore_memory()
+            if not _same_leaves(recording.outputs, pytree.tree_leaves(_call(model, args, kwargs, snapshot))):
+                recording.replaced = replaced
         if recording.effects and not any(leaf.is_meta for leaf in flat if isinstance(leaf, Tensor)):
             snapshot.restore_tensors()
             try:
@@ -308,11 +315,26 @@ class Snapshot:
                 _put_back(item, before)
         self.restore_tensors()
 
+    def replaced(self) -> tuple[str, ...]:
+        """The buffers and parameters that the forward has assigned anew (``self.g = self.g + 1``), by name."""
+        tables = {id(item): before for item, before in self.contents}
+        found = []
+        for path, module in self.model.named_modules():
+            for table in (module._buffers, module._parameters):
+                for name, before in tables.get(id(table), {}).items():
+                    if isinstance(before, Tensor) and table.get(name) is not before:
+                        found.append(f"{path}.{name}" if path else str(name))
+        return tuple(found)
+
     def restore_tensors(self) -> None:
         """Put back the parameters and the buffers, and leave other attributes as they are."""
         for item, before in self.contents:
             if not _identical(_children(item), before) and _is_table(item, self.contents):
                 _put_back(item, before)
+        self.restore_memory()
+
+    def restore_memory(self) -> None:
+        """Put back what was written into tensors, and leave those that took their place."""
         for tensor, memory in self.copies.values():
             tensor.untyped_storage().copy_(memory)
 

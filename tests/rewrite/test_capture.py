@@ -603,3 +603,26 @@ def test_a_step_with_a_cache():
     assert past.get_seq_length() == 7
     reference = model(input_ids=step["input_ids"], past_key_values=copy.deepcopy(past)).logits
     torch.testing.assert_close(answers(program, **step).logits, reference.detach())
+
+
+class Counting(nn.Module):
+    """Scales by a buffer that every call assigns anew."""
+
+    def __init__(self, matters: bool) -> None:
+        super().__init__()
+        self.matters = matters
+        self.register_buffer("g", torch.ones(4))
+
+    def forward(self, x):
+        y = x * self.g if self.matters else x * 2
+        self.g = self.g + 1
+        return y
+
+
+def test_a_buffer_assigned_anew_is_refused_if_the_next_call_sees_it():
+    with pytest.raises(CaptureError, match=r"assigns 'g' anew") as caught:
+        capture(Counting(True).eval(), (torch.randn(2, 4),))
+    assert "copy_" in str(caught.value)
+    model = Counting(False).eval()
+    assert capture(model, (torch.randn(2, 4),)).count(torch.ops.aten.mul.Tensor) == 1
+    assert torch.equal(model.g, torch.ones(4))
