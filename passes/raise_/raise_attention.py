@@ -1,6 +1,7 @@
 """Recognise attention written by hand.
 
     softmax(c q kᵀ + b) v = scaled_dot_product_attention(q, k, v, b, scale=c)
+    softmax((q kᵀ + b) / d) v = scaled_dot_product_attention(q, k, v, b / d, scale=1/d)
 
 The keys come in any layout, the scale is a number or one per row, the bias is added, in one or two parts. Filled masks
 (``add_mask_of_sizes``, ``add_filled_mask``), casts (``drop_softmax_casts``) and einsums (``raise_einsum``) are brought
@@ -26,10 +27,12 @@ class RaiseAttention(Rule):
     claim = ALGEBRAIC("scores, softmax and product are accumulated by one kernel, in another order")
     phase: ClassVar[Phase] = "raise"
 
-    def before(self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, a: Tensor, b: Tensor) -> Operand:
+    def before(
+        self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, e: Operand, a: Tensor, b: Tensor
+    ) -> Operand:
         scores = op.matmul(q, K)
         scaled = op.any_of(op.mul(scores, c), op.div(scores, d), scores)
-        biased = op.any_of(scaled, op.add(scaled, a), op.add(op.add(scaled, a), b))
+        biased = op.any_of(op.add(scaled, a), op.add(op.add(scaled, a), b), scaled, op.div(op.add(scores, a), e))
         return op.matmul(op.softmax(biased, -1), v)
 
     def where(self, m: Match) -> None:
@@ -37,29 +40,32 @@ class RaiseAttention(Rule):
         for what, x in (("keys", m.K), ("values", m.v)):
             require(same_shape(shape(x)[:-2], shape(m.q)[:-2]), f"the {what} have other leading axes than the queries")
             require(dtype(x) == dtype(m.q), f"the {what} are {dtype(x)}, the queries {dtype(m.q)}")
-        for scale in (m.c, m.d):
+        for scale in (m.c, m.d, m.e):
             per_row = rank(scale) == 0 or (rank(scale) <= rank(m.q) and same(shape(scale)[-1], 1))
-            require(
-                scale is None or (scale > 0 if _is_number(scale) else per_row),
-                "the scale is not positive, or varies along the keys",
-            )
+            fits = scale is None or (scale > 0 if _is_number(scale) else per_row)
+            require(fits, "the scale is not positive, or varies along the keys")
         for bias in (m.a, m.b):
             require(bias is None or dtype(bias) == dtype(m.q), f"a bias of {dtype(bias)} is added to scores of {dtype(m.q)}")
             require(rank(bias) <= rank(m.q), "the bias has more axes than the scores")
 
-    def after(self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, a: Tensor, b: Tensor) -> Operand:
-        scale = 1.0
-        if c is not None:
-            q, scale = (q, float(c)) if _is_number(c) else (op.mul(q, c), scale)
-        if d is not None:
-            q, scale = (q, 1 / d) if _is_number(d) else (op.div(q, d), scale)
-        return attention(op, q, op.transpose(K, -2, -1), v, op.add(a, b) if a is not None and b is not None else a, scale)
+    def after(
+        self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, e: Operand, a: Tensor, b: Tensor
+    ) -> Operand:
+        d = d if e is None else e
+        scale = float(c) if _is_number(c) else 1 / d if _is_number(d) else 1.0
+        if c is not None and not _is_number(c):
+            q = op.mul(q, c)
+        if d is not None and not _is_number(d):
+            q = op.div(q, d)
+        bias = a if b is None else op.add(a, b)
+        return attention(op, q, op.transpose(K, -2, -1), v, bias if e is None else op.div(a, e), scale)
 
     def samples(self) -> Iterator[dict[str, Any]]:
         q, K, v, a, b = (torch.randn(2, 3, *n, dtype=torch.float64) for n in ((4, 6), (6, 5), (5, 8), (4, 5), (1, 5)))
-        yield {"q": q, "K": K, "v": v, "c": 0.25, "d": 4.0, "a": a, "b": b}
-        yield {"q": q[0], "K": K[0], "v": v[0], "c": 2, "d": 3, "a": a[0, 0], "b": b[0]}
-        yield {"q": q, "K": K, "v": v, "c": torch.rand(3, 1, 1) + 0.5, "d": torch.tensor(3.0), "a": a[0], "b": b[0, 0, 0]}
+        per_head, number = torch.rand(3, 1, 1) + 0.5, torch.tensor(3.0)
+        yield {"q": q, "K": K, "v": v, "c": 0.25, "d": 4.0, "e": 0.5, "a": a, "b": b}
+        yield {"q": q[0], "K": K[0], "v": v[0], "c": 2, "d": 3, "e": 2, "a": a[0, 0], "b": b[0]}
+        yield {"q": q, "K": K, "v": v, "c": per_head, "d": number, "e": number, "a": a[0], "b": b[0, 0, 0]}
 
 
 def attention(op: Ops, q: Operand, k: Operand, v: Operand, bias: Operand, scale: Operand) -> Operand:

@@ -110,6 +110,7 @@ SPELLINGS = {
     "bias": lambda q, k, v, b: mix(q @ k.transpose(-1, -2) * 0.4 + b[:, None, :, :1].mT, v),
     "bias first": lambda q, k, v, b: mix(b[:, None, :, :1].mT + q @ k.transpose(-1, -2) / 2, v),
     "two biases": lambda q, k, v, b: mix(q @ k.transpose(-1, -2) / 2 + b[:, None, :, :1].mT + b[:, None, :, :1], v),
+    "scaled after the bias": lambda q, k, v, b: mix((q @ k.transpose(-1, -2) + b[:, None, :, :1].mT) / 2.0, v),
     "softmax of a dtype": lambda q, k, v, b: torch.softmax(q @ k.transpose(-1, -2), -1, dtype=torch.float32) @ v,
     "heads in the batch": lambda q, k, v, b: torch.bmm(
         torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)
