@@ -5,6 +5,7 @@ Errors are relative in the maximum norm: max|a - b| / max|b|. The table is never
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ GRADIENT = 1e-10
 
 ROUNDING = 64
 """In the user's own dtype a rewritten program may err twice as much as the original did, plus this many roundings."""
+
+
+_PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,27 @@ def relative_error(value: object, reference: object, *, floor: float = 0.0) -> f
         return float("inf")
     if not floating(reference):
         return 0.0 if torch.equal(value, reference) else float("inf")
-    a, b = _wide(value), _wide(reference)
-    settled = (a == b) | (a.isnan() & b.isnan())
-    if bool(settled.all()):
+    return _relative(((_wide(a), _wide(b)) for a, b in _pieces(value, reference)), floor)
+
+
+def _relative(pieces: Iterable[tuple[Tensor, Tensor]], floor: float = 0.0) -> float:
+    """max|a - b| / max|b| over pieces of a and b."""
+    difference, scale = 0.0, floor
+    for a, b in pieces:
+        settled = (a == b) | (a.isnan() & b.isnan())
+        worst = float(torch.where(settled, 0.0, (a - b).abs()).max())
+        difference = max(difference, worst) if worst == worst else float("inf")
+        scale = max(scale, magnitude(b))
+    if difference == 0.0:
         return 0.0
-    scale = max(magnitude(b), floor)
-    difference = float(torch.where(settled, 0.0, (a - b).abs()).max())
     error = difference / scale if scale > 0 else difference
     return error if error == error else float("inf")
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same entries of each tensor, some at a time: a float64 copy of all logits would be a model of its own."""
+    flat = [x.detach().reshape(-1) for x in tensors]
+    return zip(*(torch.split(x, _PIECE) for x in flat), strict=True) if tensors[0].numel() else iter(())
 
 
 def errors_against(before: object, after: object, oracle: object) -> tuple[float, float]:
@@ -91,12 +108,18 @@ def errors_against(before: object, after: object, oracle: object) -> tuple[float
         return 0.0, relative_error(after, before)
     if not isinstance(after, Tensor) or after.shape != before.shape:
         return 0.0, float("inf")
-    finite = before.isfinite()
-    same = (after == before) | (after.isnan() & before.isnan())
-    if not bool((finite | same).all()):
-        return 0.0, float("inf")
-    ours, theirs, true = (torch.where(finite, _wide(x), 0.0) for x in (before, after, oracle))
-    return relative_error(ours, true), relative_error(theirs, true)
+    for x, y in _pieces(before, after):
+        if not bool((x.isfinite() | (x == y) | (x.isnan() & y.isnan())).all()):
+            return 0.0, float("inf")
+    was = _relative(_where_finite(a, a, o) for a, o in _pieces(before, oracle))
+    now = _relative(_where_finite(a, b, o) for a, b, o in _pieces(before, after, oracle))
+    return was, now
+
+
+def _where_finite(original: Tensor, value: Tensor, oracle: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and oracle in double precision, zero where the original is not finite."""
+    finite = original.isfinite()
+    return torch.where(finite, _wide(value), 0.0), torch.where(finite, _wide(oracle), 0.0)
 
 
 def floating(x: Tensor) -> bool:
@@ -106,8 +129,7 @@ def floating(x: Tensor) -> bool:
 
 def magnitude(x: Tensor) -> float:
     """max|x| over the finite entries; 0 if there are none."""
-    wide = _wide(x)
-    return float(torch.where(wide.isfinite(), wide.abs(), 0.0).max()) if x.numel() else 0.0
+    return max((float(torch.where(piece.isfinite(), _wide(piece).abs(), 0.0).max()) for (piece,) in _pieces(x)), default=0.0)
 
 
 def _wide(x: Tensor) -> Tensor:
