@@ -324,18 +324,21 @@ class Explanation:
         rewrite: its name.
         fired: ids of the applications.
         refused: id and sentence of each refusal.
+        sources: the user's source line of each refusal, or None.
         nearest: the nearest miss of a rule that found nothing, or "".
     """
 
     rewrite: str
     fired: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
+    sources: tuple[str | None, ...]
     nearest: str = ""
 
     def __str__(self) -> str:
         lines = [f"{self.rewrite}: fired {len(self.fired)}, declined {len(self.refused)}"]
         lines += [f"  fired at {i.split('@', 1)[-1]}" for i in self.fired]
-        lines += [f"  not at {i.split('@', 1)[-1]}: {reason}" for i, reason in self.refused]
+        for (place, reason), source in zip(self.refused, self.sources, strict=True):
+            lines.append(f"  not at {place.split('@', 1)[-1]}: {reason}" + (f"\n    {source}" if source else ""))
         return "\n".join(lines + ([f"  nearest miss: {self.nearest}"] if self.nearest else []))
 
 
@@ -370,7 +373,8 @@ def explain(
     log = context.log
     fired = tuple(a.id for a in log.applications)
     refused = tuple((r.id, r.reason) for r in log.refusals)
-    return Explanation(rewrite.name, fired, refused, miss.sentence if miss is not None and not fired else "")
+    sources = tuple(r.source for r in log.refusals)
+    return Explanation(rewrite.name, fired, refused, sources, miss.sentence if miss is not None and not fired else "")
 
 
 @dataclass(frozen=True)

@@ -326,6 +326,11 @@ def test_explain_names_the_reason() -> None:
     assert not explanation.fired
     ((where, reason),) = explanation.refused
     assert "norm" in where and "output of the model" in reason and reason in str(explanation)
+    assert (
+        explanation.sources[0] is not None
+        and "test_front.py" in explanation.sources[0]
+        and explanation.sources[0] in str(explanation)
+    )
 
 
 class Routed(nn.Module):
