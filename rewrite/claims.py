@@ -60,5 +60,3 @@ FORWARD = Claim("forward", "equal", "none")
 APPROXIMATE_GRADIENT = Claim("approximate gradient", "equal", "approximate")
 APPROXIMATE = Claim("approximate", "measured", "none")
 ARCHITECTURE = Claim("architecture", "free", "none")
-
-CLAIMS = (BITWISE, ALGEBRAIC, FORWARD, APPROXIMATE_GRADIENT, APPROXIMATE, ARCHITECTURE)

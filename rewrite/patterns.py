@@ -135,7 +135,6 @@ class Found(NamedTuple):
 _WAYS = itertools.count()
 
 
-IsWeight = Callable[[Any], bool]
 Matcher = Callable[..., Iterator[Found]]
 
 

@@ -333,6 +333,12 @@ def test_explain_names_the_reason() -> None:
     )
 
 
+def test_the_default_recipe_admits_nothing_that_must_be_asked_for() -> None:
+    known = {rewrite.name: rewrite for rewrite in map(_front._pass, [row["name"] for row in tautomer.catalogue().passes])}
+    asked_for = {name for name, rewrite in known.items() if rewrite.claim.opt_in}
+    assert asked_for and not asked_for & set(tautomer.catalogue().recipes["inference"])
+
+
 class Routed(nn.Module):
     """Cannot be captured whole: which block runs depends on the data."""
 
