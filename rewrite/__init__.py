@@ -41,6 +41,7 @@ Holding a program to a claim:
 
 Rules: two sides of an equation:
 
+    library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
     ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
     metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
     emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone

@@ -1,8 +1,8 @@
 """The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it.
 
 Interpreted over symbols it is a pattern, over a graph an emission, over torch a value, over strings a line of the
-docs. The ATen overload *is* the semantic op; the table below only gives it a name and says whether it commutes. An op
-that is not in the table is spelled by its overload: ``op(torch.ops.my.op.default)(x)``.
+docs. Where ATen has the op, its overload *is* the semantic op; library.py has the others. The table below only gives an op
+a name and says whether it commutes. One that is not in the table is spelled by its overload: ``op(torch.ops.my.op.default)(x)``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch._ops import OpOverload
 
 from .errors import PatternError
+from .library import tautomer
 
 aten = torch.ops.aten
 
@@ -106,6 +107,9 @@ TABLE = (
     Op("select", aten.select.int),
     Op("slice", aten.slice.Tensor),
     Op("getitem", operator.getitem),
+    Op("crms_norm", tautomer.crms_norm.v1),
+    Op("add_layer_norm", tautomer.add_layer_norm.v1),
+    Op("add_rms_norm", tautomer.add_rms_norm.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
 BY_TARGET = {id(entry.target): entry for entry in TABLE}

@@ -234,7 +234,6 @@ def test_a_region_comes_back_from_a_pickle():
         assert torch.equal(back(X), module(X)) and back.linear.weight is not module.linear.weight
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
 @pytest.mark.parametrize("mode", ["eval", "both"])
 def test_it_compiles_whole(mode):
     module, _ = emitted(mode)

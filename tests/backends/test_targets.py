@@ -62,7 +62,6 @@ def test_targets_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("name", ["eager", "inductor", "onnxruntime"])
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_a_compiled_program_computes_the_same(name, monkeypatch):
     if name == "inductor":  # the route, not the compiler: minutes of C++ belong to the benchmarks
         compiled = torch.compile

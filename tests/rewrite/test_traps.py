@@ -38,7 +38,7 @@ def versioned(name: str) -> bool:
 
 
 def test_every_op_of_ours_carries_a_version() -> None:
-    """torch.compile's disk cache ignores the bodies of ops: a changed body needs a changed name. There is none so far."""
+    """torch.compile's disk cache ignores the bodies of ops: a changed body needs a changed name."""
     registered = lambda: [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tautomer::")]  # noqa: E731
     assert all(map(versioned, registered()))
     library = torch.library.Library("tautomer", "FRAGMENT")

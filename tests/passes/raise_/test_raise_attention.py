@@ -181,7 +181,6 @@ def test_half_precision(raised, body):
     assert done.count("to") == 0
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
 def test_after_compiling(raised):
     done = raised(NanoGPT(), X)
     compiled = torch.compile(to_torch(done.program), backend="aot_eager", fullgraph=True)
