@@ -1,7 +1,8 @@
 """Emit a program as a PyTorch module: the user's call, the user's keys, the rewritten graph.
 
 Weights that no rewrite touched share the user's memory, in parameters of their own; an edited weight is a new one, computed
-once in float64; a buffer that the graph writes is a copy, so that a run never moves the user's statistics.
+once in float64, or at every call from the leaves if edits are live (live_weights.py); a buffer that the graph writes is a
+copy, so that a run never moves the user's statistics.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.interpret import written
 from tautomer.rewrite.program import Program
 
 from .expected import expected
+from .live_weights import compute_edits
 from .rewritten import Body, Rewritten
 
 
@@ -45,6 +48,8 @@ def to_torch(program: Program) -> Rewritten:
     Example: ``fast = to_torch(capture(model, args)); fast(*args)``
     """
     graph = program.copy().graph
+    if program.weights.live:
+        compute_edits(graph, program.weights)
     reshape_views(graph)
     for unread in [node for node in graph.find_nodes(op="get_attr") if not node.users]:
         graph.erase_node(unread)
@@ -99,13 +104,13 @@ def stored(program: Program) -> dict[str, Stored]:
     moving = {alias for node in written(program.graph) if node.op == "get_attr" for alias in weights.aliases(str(node.target))}
     made: dict[Hashable, Tensor] = {}
     tensors = {}
-    for name, weight in ((name, weights[name]) for name in weights):
+    for name, weight in weights.emitted().items():
         leaf = None if weight.edited else weights.leaves[name]
         identity: Hashable = weight.expression
         if leaf is not None:
-            identity = weights.storage(name), leaf.storage_offset(), leaf.shape, leaf.stride()
+            identity = storage_key(leaf), leaf.storage_offset(), leaf.shape, leaf.stride()
         if identity not in made:
-            value = weights.value(name)
+            value = weights.value(name) if leaf is None else leaf
             value = value.detach().clone() if name in moving else value
             if weight.kind == "parameter":
                 trains = value.requires_grad if isinstance(value, nn.Parameter) else weight.requires_grad

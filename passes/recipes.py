@@ -5,11 +5,14 @@ raise → rewrite → cleanup. A rule that reads what another one writes comes a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, get_args
 
+from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Pass
+from tautomer.rewrite.streams import AfterDropout
 
 from .attention.merge_parallel_linears import MergeParallelLinears
 from .cleanup.drop_dead_code import DropDeadCode
@@ -43,12 +46,22 @@ from .raise_.raise_silu import RaiseSilu
 from .raise_.raise_tanh_gelu import RaiseTanhGelu
 
 
-class Recipe(Protocol):
-    """An ordered tuple of passes with a name."""
+class Recipe(ABC):
+    """An ordered tuple of passes with a name.
+
+    Class attributes:
+        name: as the user spells it.
+        mode: which mode the model is captured in, as of ``capture``.
+        live: whether edited weights are computed at every call, so that the user's own parameters are what trains.
+    """
 
     name: ClassVar[str]
+    mode: ClassVar[str] = "auto"
+    live: ClassVar[bool] = False
 
-    def passes(self) -> tuple[Pass, ...]: ...
+    @abstractmethod
+    def passes(self) -> tuple[Pass, ...]:
+        """What to apply, in order."""
 
 
 ATTENTION: tuple[type[Pass], ...] = (
@@ -78,6 +91,8 @@ RAISE: tuple[type[Pass], ...] = (
 NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
+FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
+"""What is left to do once a model that was trained is only run."""
 ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, MergeParallelLinears)
 """In no recipe, a user asks for these by name: one is no equality, the other renames parameters and seldom pays."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
@@ -85,7 +100,7 @@ PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 
 
 @dataclass(frozen=True)
-class Inference:
+class Inference(Recipe):
     """Exact rewrites of a model that is only run: nothing here changes an answer over the reals."""
 
     name: ClassVar[str] = "inference"
@@ -94,4 +109,30 @@ class Inference:
         return tuple(kind() for kind in EXACT)
 
 
-RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference,)}
+@dataclass(frozen=True)
+class Training(Recipe):
+    """Exact rewrites of a model that will be trained: any optimizer follows the trajectory of the original.
+
+    The user's own parameters stay, under their names, and are edited inside the forward. ``tautomer.fold`` makes the inference
+    form once training is done.
+
+    Attributes:
+        dropout: what happens where residual dropout writes a stream: "refuse" leaves its norms as they are, "centre"
+            removes the mean after the dropout, one pass over the activation for each.
+    """
+
+    name: ClassVar[str] = "training"
+    mode: ClassVar[str] = "both"
+    live: ClassVar[bool] = True
+    dropout: AfterDropout = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.dropout not in get_args(AfterDropout):
+            raise UsageError(f"dropout is {self.dropout!r}", hint=" or ".join(map(repr, get_args(AfterDropout))))
+
+    def passes(self) -> tuple[Pass, ...]:
+        raising = (kind() for kind in RAISE if kind.claim.gradient != "none")
+        return (*raising, LayerNormToRmsNorm(self.dropout), MergeEqualExpressions(), DropDeadCode())
+
+
+RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training)}

@@ -62,6 +62,7 @@ def run_passes(
     context = context or Context()
     context.check = check
     outcome = Outcome(context.log)
+    program.forget()
     original = program.copy()
     start = perf_counter()
     admitted = [p for p in passes if _pays(p, program, target, outcome)]

@@ -79,6 +79,12 @@ class Program:
         self.graph, self.weights = snapshot.graph, snapshot.weights
         self.training, self.regions, self.notes = snapshot.training, snapshot.regions, snapshot.notes
 
+    def forget(self) -> None:
+        """Drop what earlier rewrites said of the nodes: what comes next is held to the program as it is now."""
+        for node in self.graph.nodes:
+            node.meta.pop("origin", None)
+            node.meta.pop("relation", None)
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let ``new`` stand for ``old``: readers, provenance and relations pass to it, and ``old`` is erased.
 

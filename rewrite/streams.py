@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
@@ -31,6 +32,9 @@ aten = torch.ops.aten
 
 REWARD, PRICE = 2, 3
 """One norm converted against one centring inserted: a centring must be paid for by more than one norm."""
+
+AfterDropout = Literal["refuse", "centre"]
+"""What to do where residual dropout writes a stream: leave the norms that read it, or centre after it at no price."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,11 @@ class Streams:
     Args:
         program: must not change while this is in use.
         norms: LayerNorm nodes over one axis, the candidates.
+        dropout: what to do where residual dropout writes a stream.
     """
 
-    def __init__(self, program: Program, norms: Iterable[fx.Node]) -> None:
-        self.program = program
+    def __init__(self, program: Program, norms: Iterable[fx.Node], dropout: AfterDropout = "refuse") -> None:
+        self.program, self.dropout = program, dropout
         self.axes = Axes(program)
         self.norms = tuple(norms)
         self._tied = _by_storage(program)
@@ -158,7 +163,8 @@ class Streams:
             if self.is_weight(value):
                 selection.implies(available, centred)  # centring a whole table at every call is never a bargain
             else:
-                selection.price(available, centred, PRICE)
+                free = self.dropout == "centre" and _drops(value.node)
+                selection.price(available, centred, 0 if free else PRICE)
         chosen = selection.solve()
         values = {value for value in self.values if ("centred", value) in chosen}
         at_rest = {value for value in values if self.is_weight(value) and not self.centred_already(value)}
@@ -284,6 +290,17 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
+def _dropped(at: str) -> str:
+    return (
+        f"residual dropout at {at} is active in training mode, and what it drops shifts the mean "
+        "(dropout='centre' removes the mean after it)"
+    )
+
+
+def _drops(node: fx.Node) -> bool:
+    return node.target in (aten.dropout.default, aten.native_dropout.default)
+
+
 _JOINS = {aten.cat.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
@@ -300,8 +317,8 @@ def _observer_phrase(observer: fx.Node, value: Value) -> str:
         return f"a LayerNorm {over} at {at} reads the stream and sees how the means of its tokens differ"
     if target is aten.group_norm.default:
         return f"a GroupNorm at {at} reads the stream and sees how the means of its positions differ"
-    if target in (aten.dropout.default, aten.native_dropout.default):
-        return f"residual dropout at {at} is active in training mode, and what it drops shifts the mean"
+    if _drops(observer):
+        return _dropped(at)
     if target in (aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default):
         return f"a linear layer at {at} (a router, gate or head) reads the raw stream"
     if target in _JOINS:
@@ -320,8 +337,8 @@ def _source_phrase(node: fx.Node) -> str:
         return f"the weight {node.target} has another reader that needs its mean"
     if node.target is aten.layer_norm.default:
         return f"the stream carries the output of the LayerNorm at {at}, whose gain differs between channels (post-norm)"
-    if node.target in (aten.dropout.default, aten.native_dropout.default):
-        return f"residual dropout at {at} is active in training mode, and what it drops shifts the mean"
+    if _drops(node):
+        return _dropped(at)
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return f"a product at {at} scales the features of the stream differently (a gain per channel, or a gate)"
     if node.target in _JOINS:

@@ -113,6 +113,10 @@ class Weights:
     Args:
         leaves: the user's tensors by name; ties (two names, one storage) are kept as they are.
         entries: the table; by default every leaf as itself.
+
+    Attributes:
+        live: edits are computed at every call, and the leaves stay the parameters: for a model that will be trained.
+            Otherwise once, when the program is emitted.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Weights:
         self.entries = dict(entries)
         self._origin = dict(origin if origin is not None else entries)  # what each leaf was, also after its name is gone
         self._staged: dict[Expression, str] = {}
+        self.live = False
 
     @classmethod
     def of(
@@ -150,8 +155,18 @@ class Weights:
 
     def copy(self) -> Weights:
         twin = Weights(self.leaves, self.entries, self._origin)
-        twin._staged = dict(self._staged)
+        twin._staged, twin.live = dict(self._staged), self.live
         return twin
+
+    def folded(self, leaves: Mapping[str, Tensor]) -> Weights:
+        """The same table over other values of the leaves, its edits computed once."""
+        twin = self.copy()
+        twin.leaves, twin.live = {name: leaves[name] for name in self.leaves}, False
+        return twin
+
+    def emitted(self) -> dict[str, Weight]:
+        """The weights that an emitted module holds, by name: the leaves if edits are live, else the table."""
+        return dict(self._origin if self.live else self.entries)
 
     # -- identity ---------------------------------------------------------------------------------------------
 
@@ -177,15 +192,16 @@ class Weights:
     def value(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor behind a name.
 
-        Without ``dtype``, an untouched weight is the user's own tensor and an edited one is computed in float64 and
-        cast once to its dtype. With ``dtype``, floating leaves are promoted to it first.
+        Without ``dtype``, an untouched weight is the user's own tensor and an edited one is computed in float64 (in the
+        leaves' own dtype if edits are live) and cast once to its dtype. With ``dtype``, floating leaves are promoted to it.
         """
         weight = self.entries[name]
         if dtype is not None:
             return evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), dtype))
         if not weight.edited:
             return self.leaves[name]
-        value = evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), torch.float64))
+        wide = None if self.live else torch.float64
+        value = evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), wide))
         return value.to(weight.meta.dtype).contiguous()
 
     # -- edits ------------------------------------------------------------------------------------------------
@@ -224,14 +240,16 @@ class Weights:
     # -- the weight map ---------------------------------------------------------------------------------------
 
     def edits(self) -> dict[str, str]:
-        """What every edited weight is over the original's, as a short text: equal texts, equal edits."""
+        """What every emitted weight is over the original's, as a short text: equal texts, equal edits."""
+        if self.live:
+            return {}
         edited = {name: str(weight.expression) for name, weight in self.entries.items() if weight.edited and weight.persistent}
         return {name: sha256(expression.encode()).hexdigest()[:16] for name, expression in edited.items()}
 
     def from_original(self, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         """Map a state dict of the original model to one of the rewritten model, marked as such (see ``marked``)."""
         mapped: OrderedDict[str, Tensor] = OrderedDict()
-        for name, weight in self.entries.items():
+        for name, weight in self.emitted().items():
             if not weight.persistent:
                 continue
             if not weight.edited:
@@ -252,8 +270,8 @@ def marked(state: Mapping[str, Tensor], edits: Mapping[str, str]) -> OrderedDict
     return twin
 
 
-def _promote(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _promote(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 MUTATED = "tautomer_mutated"

@@ -21,7 +21,7 @@ from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
 from tautomer.backends.to_onnx import OnnxReport, to_onnx
 from tautomer.backends.to_torch import to_torch
-from tautomer.passes.recipes import PASSES, RECIPES, Recipe
+from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Recipe
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.capture import capture as capture_module
 from tautomer.rewrite.capture import capture_parts
@@ -107,7 +107,8 @@ def optimize(
     Args:
         model: a module (never written), an ``ExportedProgram`` or a ``Program``.
         args, kwargs: one example call; batch 1 is fine.
-        recipe: what to apply, by name or as a recipe.
+        recipe: what to apply, by name or as a recipe: "inference", or "training" for a model that will be trained (the
+            user's parameters stay and are edited inside the forward; ``fold`` afterwards).
         passes: exactly these instead, by name or as passes, in this order; nobody asks whether they pay.
         target: where it should pay: "eager", "inductor", "onnxruntime".
         only, skip: admit or forbid applications by pass name, id or module path.
@@ -129,14 +130,47 @@ def optimize(
         1
     """
     tell = _progress(progress)
-    chosen = _passes(recipe, passes)
+    recipe = _recipe(recipe)
     where = _target(target)
     context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel)
-    plan = _Plan(chosen, where, passes is None, context, check, tell)
+    plan = _Plan(_passes(recipe, passes), where, passes is None, context, check, tell)
     start = perf_counter()
     tell("capturing")
-    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=recipe.mode)
+    program.weights.live = recipe.live
     return _rewrite(program, plan, perf_counter() - start)
+
+
+def fold(module: Rewritten, *, check: bool = True) -> Rewritten:
+    """The inference form of a module that was rewritten for training: its edits computed once, from what was learned.
+
+    Args:
+        module: what ``optimize(…, recipe="training")`` returned, trained or not; it is not changed.
+        check: hold the result to equality with ``module``.
+
+    Returns:
+        A new module in the mode of ``module``. Untouched weights share their memory with it.
+
+    Raises:
+        UsageError: its edits are computed once already, or it was loaded or unpickled and does not know them.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+        >>> trained = optimize(block, (torch.randn(2, 8),), recipe="training", target="inductor")
+        >>> fold(trained).report.fired("name-weights")
+        1
+    """
+    if not isinstance(module, Rewritten) or module.program is None or not module.program.weights.live:
+        raise UsageError(
+            "there is nothing to fold: no edit of this module is computed at every call, or it does not know its edits any more",
+            hint="fold what optimize(…, recipe='training') returned, before it is saved and loaded",
+        )
+    program = module.program.copy()
+    values = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    program.weights = program.weights.folded(values)
+    program.training = {path: module.get_submodule(path).training for path in program.training}
+    passes = tuple(kind() for kind in FOLD)
+    return _rewrite(program, _Plan(passes, resolve(module.report.target), False, Context(), check, _progress(None)), 0.0)
 
 
 def optimize_parts(
@@ -163,11 +197,14 @@ def optimize_parts(
     Example: ``optimize_parts(model, args).report.captured[0]``
     """
     tell = _progress(progress)
+    recipe = _recipe(recipe)
     where = _target(target)
-    plan = _Plan(_passes(recipe, None), where, True, Context(), check, tell)
+    plan = _Plan(recipe.passes(), where, True, Context(), check, tell)
     start = perf_counter()
     tell("capturing")
     parts = capture_parts(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    for part in parts.values():
+        part.weights.live = recipe.live
     seconds = (perf_counter() - start) / len(parts)
     emitted = {path: _rewrite(part, plan, seconds) for path, part in parts.items()}
     whole = assemble(model, emitted)
@@ -427,13 +464,17 @@ def _passes(recipe: str | Recipe, passes: Sequence[str | Pass] | None) -> tuple[
         if isinstance(passes, str):
             raise UsageError(f"passes takes a list, not the string {passes!r}", hint=f"passes=[{passes!r}]")
         return tuple(map(_pass, passes))
-    if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise _unknown("recipe", recipe, RECIPES)
-        recipe = RECIPES[recipe]()
-    if not hasattr(recipe, "passes"):
-        raise UsageError(f"recipe is a name or a Recipe, not {recipe!r}", hint="passes=[…] takes rewrites one by one")
-    return recipe.passes()
+    return _recipe(recipe).passes()
+
+
+def _recipe(named: str | Recipe) -> Recipe:
+    if isinstance(named, Recipe):
+        return named
+    if not isinstance(named, str):
+        raise UsageError(f"recipe is a name or a Recipe, not {named!r}", hint="passes=[…] takes rewrites one by one")
+    if named not in RECIPES:
+        raise _unknown("recipe", named, RECIPES)
+    return RECIPES[named]()
 
 
 def _pass(named: str | Pass) -> Pass:

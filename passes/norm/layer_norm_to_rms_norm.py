@@ -8,8 +8,8 @@ P x is had for nothing: P commutes with the residual adds, so it moves to the we
 
 exactly when all readers of the stream are blind to its mean. Which streams, which writers and why not is proved in
 rewrite/streams.py. Where no weight can be edited (a table tied to the head, the output of a nonlinearity), one x - mean(x)
-at run time stands in. eps is copied: both norms put it on the mean square over the same d. The shift b stays as an add;
-fold_norm_shift moves it into the readers.
+at run time stands in, as it does after residual dropout when asked to (``dropout="centre"``). eps is copied: both norms put
+it on the mean square over the same d. The shift b stays as an add; fold_norm_shift moves it into the readers.
 
 arXiv:2305.14858 (Pre-LN and Pre-RMSNorm are equivalent).
 """
@@ -27,7 +27,8 @@ from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, arguments
 from tautomer.rewrite.relations import Centred, relate
-from tautomer.rewrite.streams import Plan, Streams, candidates
+from tautomer.rewrite.shapes import show
+from tautomer.rewrite.streams import AfterDropout, Plan, Streams, candidates
 from tautomer.rewrite.weights import Apply
 
 aten = torch.ops.aten
@@ -40,13 +41,16 @@ class LayerNormToRmsNorm(Pass):
     paper = "arXiv:2305.14858"
     purpose: ClassVar[Purpose] = "speed"
 
+    def __init__(self, dropout: AfterDropout = "refuse") -> None:
+        self.dropout = dropout
+
     def run(self, program: Program, context: Context) -> None:
         norms = candidates(program, self, context.admits)
         if context.fuel is not None:
             norms = norms[: context.fuel]
         if not norms:
             return
-        streams = Streams(program, norms)
+        streams = Streams(program, norms, self.dropout)
         plan = streams.plan()
         for norm in norms:
             if norm not in plan.norms:
@@ -55,7 +59,7 @@ class LayerNormToRmsNorm(Pass):
         centre_writers(program, plan)
         editor = Editor(program)
         for value, node in centre_at_run_time(editor, plan).items():
-            context.noted(self, node, f"centred at run time: {reasons[value]}")
+            context.noted(self, node, f"centred at run time: {reasons[value]}; {_cost(node)}")
         for norm in plan.norms:
             context.applied(self, norm)
             convert(editor, norm)
@@ -88,6 +92,10 @@ def centre_at_run_time(editor: Editor, plan: Plan) -> dict[Value, fx.Node]:
             reader.replace_input_with(value.node, difference)
         centred[value] = difference
     return centred
+
+
+def _cost(node: fx.Node) -> str:
+    return f"at every call a mean and a difference over {show(node.meta['val'].shape)}"
 
 
 def _after(node: fx.Node) -> fx.Node:
