@@ -23,6 +23,8 @@ from .cleanup.name_weights import NameWeights
 from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
 from .norm.fold_norm_shift import FoldNormShift
+from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
+from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
 from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
 from .raise_.absorb_attention_scale import AbsorbAttentionScale
 from .raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
@@ -93,8 +95,8 @@ CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDea
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
-ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, MergeParallelLinears)
-"""In no recipe, a user asks for these by name: one is no equality, the other renames parameters and seldom pays."""
+ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, LayerNormToCrmsNorm, LayerNormToNarrowRmsNorm, MergeParallelLinears)
+"""In no recipe, a user asks for these by name: one is no equality, the others change the shapes of weights and seldom pay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 

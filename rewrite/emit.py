@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
@@ -45,6 +46,13 @@ class Editor:
     def before(self, anchor: fx.Node, origin: fx.Node | None = None) -> GraphOps:
         """An interpretation of ``op`` that emits before ``anchor``, with the provenance of ``origin``."""
         return GraphOps(self.program, anchor, origin=origin, editor=self)
+
+    def after(self, anchor: fx.Node) -> GraphOps:
+        """An interpretation of ``op`` that emits right behind ``anchor``, with its provenance."""
+        following = anchor.next
+        while following.op in ("placeholder", "get_attr"):
+            following = following.next
+        return self.before(following, origin=anchor)
 
     def constant(self, node: fx.Node) -> bool:
         """Whether ``node`` reads weights alone, none of which the graph writes. Each node is looked at once."""
@@ -167,6 +175,11 @@ class GraphOps(Ops):
         require(size is not None, "the size of the last axis depends on the input")
         assert size is not None
         return size
+
+    def filled(self, size: int, value: float, like: Any) -> Derived:
+        """A vector of one value as a weight that depends on no leaf, computed in float64."""
+        fake = self.editor.metadata.call(torch.ops.aten.new_full.default, (like, [size], value), {})
+        return Derived(Apply(torch.ops.aten.full.default, ((size,), value), (("dtype", torch.float64),)), fake)
 
     def weight(self, x: Any) -> Any:
         """``x`` as a weight of its own, if it is computed from weights; anything else as it is."""

@@ -156,6 +156,10 @@ class Ops(ABC):
         """The size of the last axis of ``x``."""
         return x.shape[-1]
 
+    def filled(self, size: int, value: float, like: Any) -> Any:
+        """A vector of one value, with the dtype and on the device of ``like``."""
+        return self(aten.new_full.default)(like, [size], value)
+
     def weight(self, x: Any) -> Any:
         """``x``, computed once: what is computed from weights alone becomes a weight of its own."""
         return x

@@ -84,7 +84,7 @@ def centre_at_run_time(editor: Editor, plan: Plan) -> dict[Value, fx.Node]:
     """x - mean(x) once after each value that no weight edit can centre, for the readers that were promised a centred one."""
     centred: dict[Value, fx.Node] = {}
     for value, readers in plan.runtime.items():
-        op = editor.before(_after(value.node), origin=value.node)
+        op = editor.after(value.node)
         difference = op.node(op.sub(value.node, op.mean(value.node, [value.axis], True)))
         difference.meta["origin"] = value.node.meta.get("origin", value.node.name)
         relate(difference, Centred(value.axis))
@@ -96,14 +96,6 @@ def centre_at_run_time(editor: Editor, plan: Plan) -> dict[Value, fx.Node]:
 
 def _cost(node: fx.Node) -> str:
     return f"at every call a mean and a difference over {show(node.meta['val'].shape)}"
-
-
-def _after(node: fx.Node) -> fx.Node:
-    """The first place behind ``node`` where a call may stand."""
-    following = node.next
-    while following.op in ("placeholder", "get_attr"):
-        following = following.next
-    return following
 
 
 def convert(editor: Editor, norm: fx.Node) -> None:
