@@ -11,6 +11,7 @@ What everything speaks of:
     weights.py      The table of weights: a weight is a leaf of the user's model or an expression over leaves
     signature.py    The call of a captured model: its own signature, bound by name, flattened to the graph's inputs
     program.py      A program: an fx graph, its weights, and how it is called
+    blocks.py       The blocks of a program: runs of calls that are equal up to names, and what stands between them
     interpret.py    Run a program's graph node by node; promoted to float64 it is the oracle
 
 From a model to a program:
@@ -58,10 +59,13 @@ Facts for rewrites of a whole program:
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
+    dominators.py   The smallest part of a program with one way in and one way out
+    residual.py     The residual streams of a program: how wide, who writes them, who reads them
     streams.py      The mean of a residual stream: who writes it, who would notice its absence
 
 Running them:
 
     pipeline.py     Run an ordered tuple of passes on a program, and answer for the result
+    drawing.py      A program drawn in layers, as SVG: repeated blocks in one box, colours by kind
     report.py       The report: what fired, what did not and why, how exact, what it cost, whether it paid
 """

@@ -509,7 +509,7 @@ def blind(user: fx.Node, operand: Value) -> bool:
     """
     if user.op != "call_function" or opaque(user):
         return False
-    if user.target in _SIZES_ONLY:
+    if user.target in SIZES_ONLY:
         return True
     if not user.args or user.args[0] is not operand.node or user.all_input_nodes.count(operand.node) != 1:
         return False
@@ -525,7 +525,7 @@ def blind(user: fx.Node, operand: Value) -> bool:
     return False
 
 
-_SIZES_ONLY = {
+SIZES_ONLY = {
     aten.sym_size.int,
     aten._assert_tensor_metadata.default,
     aten.zeros_like.default,
@@ -537,3 +537,4 @@ _SIZES_ONLY = {
     aten.new_full.default,
     aten.new_empty.default,
 }
+"""Ops that look at the sizes of an operand and not at its values."""

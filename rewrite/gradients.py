@@ -3,27 +3,25 @@
     d<r, f(x; W)>/d(x, W)  =  d<r, f'(x; w(W))>/d(x, W)        r random, one block of the model at a time
 
 Gradients compose: if every block's vector-Jacobian products agree, under the relations stated at its borders, the
-model's do. A block is what the user wrote as one: a repeated module (``h.3``), or what stands before and after. Its
+model's do. A block is what is repeated (blocks.py: a module ``h.3``, a turn of a loop), or what stands between. Its
 inputs are the values recorded in the float64 run of the original, and again those scaled down so that eps dominates.
 Blocks of one structure are differentiated once; every block's forward was already checked.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ._torch import storage_key
+from .blocks import Block, blocks, structure
 from .evidence import magnitude, relative_error
 from .interpret import Interpretation, written
-from .program import Program, path_of, target_name
+from .program import Program
 from .relations import related
-from .shapes import key
 from .weights import Expression, evaluate, leaves
 
 _LARGE = 4_000_000
@@ -32,14 +30,6 @@ _LARGE = 4_000_000
 
 FLOOR = 1e-3
 """A gradient far below the block's largest is compared on this share of it: it is a difference of terms of that size."""
-
-
-@dataclass
-class Block:
-    """A run of nodes of one program, by name of the path that owns it."""
-
-    path: str
-    nodes: list[fx.Node]
 
 
 def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> tuple[float, int, list[str]]:
@@ -53,7 +43,7 @@ def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> 
     worst, count, notes = 0.0, 0, list[str]()
     seen: set[object] = set()
     for ours, theirs in pairs:
-        signature = (_structure(ours), _structure(theirs))
+        signature = (structure(old, ours, _note), structure(new, theirs, _note))
         if signature in seen or _same(old, new, ours, theirs):
             continue
         seen.add(signature)
@@ -72,34 +62,13 @@ class _CannotPairError(Exception):
 
 # -- blocks ----------------------------------------------------------------------------------------------------
 
-_REPEATED = re.compile(r"^(.*?\.)?\d+(?=\.|$)")
-
-
-def _block_of(node: fx.Node) -> str:
-    """The outermost numbered module a node belongs to; "" at the root."""
-    found = _REPEATED.match(path_of(node))
-    return found.group(0) if found else ""
-
-
-def _blocks(program: Program) -> list[Block]:
-    """The calls of a program cut where the owning block changes; weights and inputs belong to their readers."""
-    blocks: list[Block] = []
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        path = _block_of(node)
-        if not blocks or blocks[-1].path != path:
-            blocks.append(Block(path, []))
-        blocks[-1].nodes.append(node)
-    return blocks
-
 
 def _pair_blocks(old: Program, new: Program) -> list[tuple[Block, Block]]:
     """Cut the new program where the old one is cut: at the nodes that stand for the first nodes of its blocks.
 
     New nodes come before the node they were built for, so a node without an origin belongs to the next one that has.
     """
-    ours = _blocks(old)
+    ours = blocks(old)
     home = {node.name: index for index, block in enumerate(ours) for node in block.nodes}
     assigned: list[list[fx.Node]] = [[] for _ in ours]
     waiting: list[fx.Node] = []
@@ -112,14 +81,14 @@ def _pair_blocks(old: Program, new: Program) -> list[tuple[Block, Block]]:
         if index is None:
             continue
         if index < latest:  # code moved across a border: there is no cut to compare at
-            whole = Block("", [n for block in ours for n in block.nodes])
-            return [(whole, Block("", [n for n in new.graph.nodes if n.op == "call_function"]))]
+            whole = Block("", tuple(n for block in ours for n in block.nodes))
+            return [(whole, Block("", tuple(n for n in new.graph.nodes if n.op == "call_function")))]
         latest = index
         assigned[index].extend(waiting)
         waiting = []
     if ours:
         assigned[latest].extend(waiting)
-    return [(block, Block(block.path, nodes)) for block, nodes in zip(ours, assigned, strict=True)]
+    return [(block, Block(block.path, tuple(nodes))) for block, nodes in zip(ours, assigned, strict=True)]
 
 
 Pair = tuple[Block, Block]
@@ -171,7 +140,7 @@ def _crosses_paired(ours: Block, theirs: Block, varying: set[str]) -> bool:
     """
     names, inside = {node.name for node in ours.nodes}, set(theirs.nodes)
     leaving = (node for node in theirs.nodes if any(user not in inside for user in node.users))
-    entered, enters = ({_origin(node) for node in _inputs(block)} & varying for block in (ours, theirs))
+    entered, enters = ({_origin(node) for node in block.inputs} & varying for block in (ours, theirs))
     return all(_origin(node) in names for node in leaving) and entered == enters
 
 
@@ -198,25 +167,17 @@ def _leaves_of(program: Program, block: Block) -> set[str]:
     return {leaf for expression in _expressions(program, block) for leaf in leaves(expression)}
 
 
-def _structure(block: Block) -> object:
-    """What two blocks must share to have the same derivative rule: ops, constants and the types of their operands."""
-    position: dict[fx.Node, int] = {}
-
-    def shown(x: Any) -> object:
-        if isinstance(x, fx.Node):
-            value = x.meta.get("val")
-            kind = (tuple(map(key, value.shape)), value.dtype, value.requires_grad) if isinstance(value, Tensor) else None
-            return (position.setdefault(x, len(position)), x.op == "get_attr", kind, str(x.meta.get("relation", "")))
-        if isinstance(x, (list, tuple)):
-            return tuple(map(shown, x))
-        return str(x)
-
-    return tuple((target_name(n), shown(n.args), shown(tuple(n.kwargs.items())), shown(n)) for n in block.nodes)
+def _note(node: fx.Node) -> Hashable:
+    """What two values must share besides their type to have the same derivative rule."""
+    value = node.meta.get("val")
+    return (isinstance(value, Tensor) and value.requires_grad, str(node.meta.get("relation", "")))
 
 
 def _same(old: Program, new: Program, ours: Block, theirs: Block) -> bool:
     """Whether nothing in a block was rewritten: same nodes, same weights, no relation."""
-    if [n.name for n in ours.nodes] != [n.name for n in theirs.nodes] or _structure(ours) != _structure(theirs):
+    if [n.name for n in ours.nodes] != [n.name for n in theirs.nodes]:
+        return False
+    if structure(old, ours, _note) != structure(new, theirs, _note):
         return False
     return _expressions(old, ours) == _expressions(new, theirs)
 
@@ -233,7 +194,8 @@ def _expressions(program: Program, block: Block) -> list[Expression]:
 def _compare_block(
     old: Program, new: Program, ours: Block, theirs: Block, recorded: Mapping[str, Any], varying: set[str]
 ) -> tuple[float, int]:
-    borders = _inputs(ours) + [n for n in _inputs(theirs) if _origin(n) not in {_origin(m) for m in _inputs(ours)}]
+    mine_too = {_origin(n) for n in ours.inputs}
+    borders = [*ours.inputs, *(n for n in theirs.inputs if _origin(n) not in mine_too)]
     missing = [n.name for n in borders if _origin(n) not in recorded]
     if missing:
         raise _CannotPairError(f"{missing[0]} has no counterpart in the original")
@@ -270,13 +232,6 @@ def _scaled(value: Any, scale: float) -> Any:
 
 def _origin(node: fx.Node) -> str:
     return str(node.meta.get("origin", node.name))
-
-
-def _inputs(block: Block) -> list[fx.Node]:
-    """The values a block reads from outside; weights are no border."""
-    inside = set(block.nodes)
-    found = {x: None for n in block.nodes for x in n.all_input_nodes if x not in inside and x.op != "get_attr"}
-    return list(found)
 
 
 def _shared_outputs(old: Program, ours: Block, theirs: Block) -> list[tuple[fx.Node, fx.Node]]:
@@ -319,7 +274,7 @@ def _run(
     """The values of a block's nodes; the new side's inputs stand in their stated relation to the old side's."""
     run = Interpretation(program, torch.float64, lambda name: evaluate(program.weights[name].expression, leaf), noise=False)
     run.written = written(program.graph)
-    for node in _inputs(block):
+    for node in block.inputs:
         value = inputs[_origin(node)]
         run.values[node] = related(node, value) if relate and isinstance(value, Tensor) else value
     statistics = {x for node in block.nodes for x in node.all_input_nodes if x.op == "get_attr" and x in run.written}
