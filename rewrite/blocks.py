@@ -87,8 +87,8 @@ def blocks(program: Program) -> list[Block]:
     Example: ``[block.path for block in blocks(program)]`` gives ``["", "h.0", "h.1", ""]``
     """
     found = _owned(program, _calls(program))
-    equal = {block for group in _groups(program, found) for block in group if block.path}
-    return [piece for block in found for piece in ([block] if block in equal else _periods(program, block))]
+    owned = {block for group in equal(program, found) for block in group if block.path}
+    return [piece for block in found for piece in ([block] if block in owned else _periods(program, block))]
 
 
 def repeated(program: Program) -> tuple[tuple[Block, ...], ...]:
@@ -96,7 +96,7 @@ def repeated(program: Program) -> tuple[tuple[Block, ...], ...]:
 
     Example: ``[len(group) for group in repeated(program)]`` gives ``[12]`` for GPT-2
     """
-    return tuple(map(tuple, _groups(program, blocks(program))))
+    return equal(program, blocks(program))
 
 
 # -- equality --------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _selection(program: Program, name: str) -> Hashable:
     return sha256(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
-def _groups(program: Program, found: Iterable[Block]) -> list[list[Block]]:
+def equal(program: Program, found: Iterable[Block]) -> tuple[tuple[Block, ...], ...]:
     """The sets of two and more equal blocks, each of two and more calls."""
     alike: dict[Hashable, list[Block]] = {}
     for block in (block for block in found if len(block.nodes) > 1):
@@ -165,7 +165,7 @@ def _groups(program: Program, found: Iterable[Block]) -> list[list[Block]]:
         for block in same:
             context = tuple(x for i, x in enumerate(block.inputs) if i not in carried)
             groups.setdefault((name, context), []).append(block)
-    return [group for group in groups.values() if len(group) > 1]
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def _carried(program: Program, same: Sequence[Block]) -> set[int]:
@@ -191,11 +191,11 @@ def _owned(program: Program, calls: Sequence[fx.Node], path: str = "", depth: in
     runs = groupby(zip(_owners(calls, depth), calls, strict=True), lambda pair: pair[0])
     cut = [(owner, tuple(node for _, node in run)) for owner, run in runs]
     units = [Block(owner[1], nodes) if owner and len(nodes) > 1 else Block(path, nodes) for owner, nodes in cut]
-    equal = {block for group in _groups(program, units) for block in group}
+    settled = {block for group in equal(program, units) for block in group}
     found = list[Block]()
     for unit in units:
-        inner = _owned(program, unit.nodes, unit.path, depth + 1) if unit.path != path and unit not in equal else []
-        if _groups(program, inner):
+        inner = _owned(program, unit.nodes, unit.path, depth + 1) if unit.path != path and unit not in settled else []
+        if equal(program, inner):
             found.extend(inner)
         elif unit.path == path and found and found[-1].path == path:
             found[-1] = Block(path, found[-1].nodes + unit.nodes)

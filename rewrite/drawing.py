@@ -7,6 +7,7 @@ calls that compute masks and positions are one box, and a call that a rewrite ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +16,7 @@ from itertools import groupby, pairwise
 import networkx
 from torch import fx
 
-from .blocks import Block, blocks, repeated
+from .blocks import Block, blocks, equal
 from .dominators import carries_data
 from .errors import UsageError
 from .program import Program, path_of, target_name, tensors
@@ -28,6 +29,9 @@ COLOURS = {
 _ATTENTION = {"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm"}
 _LINEAR = {"linear", "addmm", "mm", "einsum"}
 _ACTIVATION = {"gelu", "silu", "relu", "tanh", "sigmoid", "elu", "leaky_relu", "hardswish", "hardsigmoid", "mish", "softplus"}
+
+_NAME = re.compile(r"([^.]*\.\d+|[^.]*)$")
+"""The last name of a module path, ``c_proj``, with the one before it if it is a number, ``h.0``."""
 
 _LETTER, _LINE, _PAD, _GAP, _LAYER, _LANE = 7.3, 16.0, 10.0, 18.0, 30.0, 10.0
 
@@ -107,7 +111,7 @@ def _homes(program: Program, at: str | None) -> dict[fx.Node, Box]:
 
 def _collapsed(program: Program, parts: Sequence[Block], marked: set[fx.Node]) -> dict[fx.Node, Box]:
     """A box for every run of equal blocks, and for a numbered module that has no equal among others that are boxes."""
-    group = {block: index for index, same in enumerate(repeated(program)) for block in same}
+    group = {block: index for index, same in enumerate(equal(program, parts)) for block in same}
     owned = [block for block in parts if block in group or block.path]
     home: dict[fx.Node, Box] = {}
     for name, run in groupby(parts, lambda block: group.get(block, -1) if block in owned else None):
@@ -139,7 +143,7 @@ def _box(node: fx.Node, rewritten: bool, *, outside: bool) -> Box:
         return Box(("output",), "input")
     given = outside or node.op == "placeholder"
     name = node.name if given else target_name(node).rsplit(".", 1)[-1]
-    owner = "" if given else path_of(node).rsplit(".", 1)[-1]
+    owner = "" if given else _NAME.search(path_of(node))[0]  # type: ignore[index]
     first = next(tensors(node))
     return Box((f"{name} · {owner}" if owner else name, show(first.shape)), "input" if given else _kind(name), rewritten)
 
@@ -163,12 +167,12 @@ def _some_path(parts: Iterable[Block]) -> str:
 
 # -- where it stands -------------------------------------------------------------------------------------------
 
-Places = dict[Box, tuple[float, float]]
+Places = dict[Box, tuple[float, float, float]]
 Lanes = dict[tuple[Box, Box], list[Box]]
 
 
 def _place(graph: networkx.DiGraph) -> tuple[Places, Lanes]:
-    """The middle of every box, lanes included, and the lanes of every edge."""
+    """Middle, top and bottom of every box, lanes included, and the lanes of every edge."""
     layered, lanes = _with_lanes(graph)
     layers = [list(layer) for layer in networkx.topological_generations(layered)]
     x: dict[Box, float] = {}
@@ -184,7 +188,9 @@ def _place(graph: networkx.DiGraph) -> tuple[Places, Lanes]:
     places, y = Places(), 0.0
     for layer in layers:
         height = max(box.height for box in layer)
-        places |= {box: (x[box], y + height / 2) for box in layer}
+        for box in layer:
+            half = (box.height if box.lines else height) / 2
+            places[box] = (x[box], y + height / 2 - half, y + height / 2 + half)
         y += height + _LAYER
     return places, lanes
 
@@ -220,11 +226,11 @@ def _mean(numbers: Sequence[float], default: float) -> float:
 
 def _svg(graph: networkx.DiGraph, placed: tuple[Places, Lanes]) -> str:
     places, lanes = placed
-    left = min(x - box.width / 2 for box, (x, _) in places.items()) - _GAP
-    right = max(x + box.width / 2 for box, (x, _) in places.items()) + _GAP
-    bottom = max(y + box.height / 2 for box, (_, y) in places.items()) + _GAP
+    left = min(x - box.width / 2 for box, (x, _, _) in places.items()) - _GAP
+    right = max(x + box.width / 2 for box, (x, _, _) in places.items()) + _GAP
+    bottom = max(bottom for _, _, bottom in places.values()) + _GAP
     edges = [_edge([tail, *lanes[tail, head], head], places) for tail, head in graph.edges]
-    drawn = [_ink(box, *places[box]) for box in graph]
+    drawn = [_ink(box, *places[box][:2]) for box in graph]
     return "\n".join((
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{right - left:.0f}" height="{bottom + _GAP:.0f}" '
         f'viewBox="{left:.1f} {-_GAP} {right - left:.1f} {bottom + _GAP:.1f}" font-family="monospace" font-size="12">',
@@ -235,20 +241,18 @@ def _svg(graph: networkx.DiGraph, placed: tuple[Places, Lanes]) -> str:
 
 def _edge(boxes: Sequence[Box], places: Places) -> str:
     """A curve from box to box, straight down through the lanes."""
-    x, y = places[boxes[0]]
-    path = f"M {x:.1f} {y + boxes[0].height / 2:.1f}"
-    y += boxes[0].height / 2
+    x, _, y = places[boxes[0]]
+    path = f"M {x:.1f} {y:.1f}"
     for box in boxes[1:]:
-        to, middle = places[box]
-        top = middle - box.height / 2
+        to, top, bottom = places[box]
         path += f" C {x:.1f} {(y + top) / 2:.1f} {to:.1f} {(y + top) / 2:.1f} {to:.1f} {top:.1f}"
-        x, y = to, middle + box.height / 2
-        path += f" V {y:.1f}" if not box.lines else ""
+        path += f" V {bottom:.1f}" if not box.lines else ""
+        x, y = to, bottom
     return f'<path d="{path}" fill="none" stroke="#8a8a8a"/>'
 
 
-def _ink(box: Box, x: float, y: float) -> str:
-    left, top = x - box.width / 2, y - box.height / 2
+def _ink(box: Box, x: float, top: float) -> str:
+    left = x - box.width / 2
     border = 'stroke="#b03a2e" stroke-width="2.5"' if box.rewritten else 'stroke="#555555"'
     size = f'width="{box.width:.1f}" height="{box.height:.1f}" rx="4"'
     behind = (6, 3) if any("×" in line for line in box.lines) else ()

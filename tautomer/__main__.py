@@ -117,6 +117,25 @@ def explain(
 
 
 @app.command()
+def draw(
+    model: Spec,
+    path: Annotated[Path, typer.Argument(help="the SVG file to write")],
+    rewrite: Annotated[bool, typer.Option(help="optimize first, and mark what was rewritten")] = False,
+    target: Target = "eager",
+    at: Annotated[str | None, typer.Option(help="only below this module path, call by call")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a model in layers, repeated blocks in one box."""
+    loaded = load_model(model)
+    subject: Any = loaded.model
+    with _progress(as_json) as tell:
+        if rewrite:
+            subject = tautomer.optimize(subject, loaded.args, loaded.kwargs, target=target, progress=tell)
+        written = tautomer.draw(subject, path, loaded.args, loaded.kwargs, at=at)
+    _show(f"drawn in {written}", {"path": str(written)}, as_json)
+
+
+@app.command()
 def catalogue(as_json: Json = False) -> None:
     """List the rewrites, recipes and targets there are."""
     found = tautomer.catalogue()

@@ -26,6 +26,7 @@ from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.capture import capture as capture_module
 from tautomer.rewrite.capture import capture_parts
 from tautomer.rewrite.claims import ALGEBRAIC, Claim
+from tautomer.rewrite.drawing import draw as draw_program
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.evidence import Evidence
@@ -351,6 +352,36 @@ def bench(
     _progress(progress)("measuring")
     before, after = measure(where.compile(original), where.compile(fast.program), original.example, rounds)
     return Timing(before / 1e3, after / 1e3, where.name)
+
+
+def draw(
+    model: Model,
+    path: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    at: str | None = None,
+) -> Path:
+    """Draw a model in layers, as an SVG file: repeated blocks in one box, what was rewritten with a thick border.
+
+    Args:
+        model: a module with an example call, a rewritten module or a program.
+        path: the file.
+        at: only below this module path, call by call.
+
+    Raises:
+        UsageError: the path cannot be written, or no call is below ``at``; see ``capture`` for the rest.
+
+    Example: ``draw(fast, "block.svg", at="transformer.h.0")``
+    """
+    rewritten = model.program if isinstance(model, Rewritten) else None
+    program = rewritten if rewritten is not None else capture(model, args, kwargs)
+    drawing, file = draw_program(program, at), Path(path)
+    try:
+        file.write_text(drawing, encoding="utf-8")
+    except OSError as failure:
+        raise UsageError(f"{file} cannot be written: {failure.strerror}") from failure
+    return file
 
 
 @dataclass(frozen=True)
