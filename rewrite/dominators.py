@@ -83,6 +83,15 @@ def carries_data(program: Program) -> set[fx.Node]:
     return data
 
 
+def made_of_weights(program: Program) -> set[fx.Node]:
+    """The weights, and the calls that read nothing but weights."""
+    found = set[fx.Node]()
+    for node in program.graph.nodes:
+        made = node.op == "call_function" and bool(node.all_input_nodes) and all(x in found for x in node.all_input_nodes)
+        found |= {node} if made or (node.op == "get_attr" and node.target in program.weights) else set()
+    return found
+
+
 def _flow(data: set[fx.Node]) -> networkx.DiGraph:
     """The dataflow among ``data``, with one source and one sink."""
     flow = networkx.DiGraph()

@@ -17,7 +17,7 @@ import networkx
 from torch import fx
 
 from .blocks import Block, blocks, equal
-from .dominators import carries_data
+from .dominators import carries_data, made_of_weights
 from .errors import UsageError
 from .program import Program, path_of, target_name, tensors
 from .shapes import show
@@ -95,7 +95,7 @@ def _homes(program: Program, at: str | None) -> dict[fx.Node, Box]:
         raise UsageError(f"no call of {program.name} is below '{at}'", hint="a module path such as " + _some_path(parts))
     marked = {node for node in inside if _rewritten(program, node)}
     home = _collapsed(program, parts, marked) if at is None else {}
-    data, fixed = carries_data(program), {n for n in program.graph.nodes if program.expression(n) is not None}
+    data, fixed = carries_data(program), made_of_weights(program)
     masks = [n for n in program.graph.nodes if n in inside and n not in home and _is_mask(n, data, fixed)]
     mask = Box(("masks, positions", f"{len(masks)} calls"), "mask", any(n in marked for n in masks))
     home |= dict.fromkeys(masks, mask)
@@ -133,9 +133,10 @@ def _is_mask(node: fx.Node, data: set[fx.Node], fixed: set[fx.Node]) -> bool:
 
 
 def _rewritten(program: Program, node: fx.Node) -> bool:
-    """Whether a call stands for another one, or reads a weight that a rewrite edited."""
+    """Whether a rewrite made a call, or put it in the place of another, or it reads a weight that a rewrite edited."""
     names = (str(x.target) for x in node.all_input_nodes if x.op == "get_attr" and x.target in program.weights)
-    return node.meta.get("origin", node.name) != node.name or any(program.weights[name].edited for name in names)
+    made = "rewritten" in node.meta or node.meta.get("origin", node.name) != node.name
+    return made or any(program.weights[name].edited for name in names)
 
 
 def _box(node: fx.Node, rewritten: bool, *, outside: bool) -> Box:

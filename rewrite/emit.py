@@ -152,7 +152,7 @@ class GraphOps(Ops):
     def _emit(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], fake: Any) -> fx.Node:
         with self.program.graph.inserting_before(self.anchor):
             node = self.program.graph.create_node("call_function", op.target, args, kwargs, name=op.name)
-        node.meta["val"] = fake
+        node.meta |= {"val": fake, "rewritten": True}
         inherit(node, self.origin)
         self.created.append(node)
         return node

@@ -9,7 +9,6 @@ or by an op that mixes or scales features. A norm between two blocks (post-norm)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -18,6 +17,7 @@ import torch
 from torch import fx
 
 from .axes import SIZES_ONLY, Axes, Value, rank, shape
+from .dominators import made_of_weights
 from .program import Program, place
 from .shapes import Size, show
 
@@ -54,39 +54,32 @@ def residual_streams(program: Program) -> tuple[Stream, ...]:
 
     Example: ``print(*residual_streams(program), sep="\\n")``
     """
-    axes, carried = Axes(program), networkx.Graph()
-    for node in program.graph.nodes:
-        for value in (Value(node, axis) for axis in range(rank(node)) if node.op in ("call_function", "placeholder")):
+    axes, carried, flow = Axes(program), networkx.Graph(), networkx.DiGraph()
+    weights = made_of_weights(program)
+    written = set[Value]()
+    for node in (node for node in program.graph.nodes if node.op in ("call_function", "placeholder") and node not in weights):
+        flow.add_edges_from((x, node) for x in node.all_input_nodes if x not in weights)
+        for value in (Value(node, axis) for axis in range(rank(node))):
+            carriers = axes.carriers(value) or ()
             carried.add_node(value)
-            carried.add_edges_from((value, other) for other in axes.carriers(value) or () if not _is_weight(program, other.node))
-    home = {value: frozenset(component) for component in networkx.connected_components(carried) for value in component}
+            carried.add_edges_from((value, other) for other in carriers if other.node not in weights)
+            written |= {value} if carriers and all(other.node in weights for other in carriers) else set()
+    components = list(map(frozenset, networkx.connected_components(carried)))
+    home = {value: (len(component & written), component) for component in components for value in component}
     found = dict[frozenset[Value], None]()
-    for node in _skips(program):
-        written = {axis: _written(program, axes, home[Value(node, axis)]) for axis in range(rank(node))}
-        if any(written.values()):
-            found[home[Value(node, max(written, key=lambda axis: (written[axis], axis)))]] = None
+    for node in program.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if node not in weights and _skips(flow, node, weights):
+            last = max(range(rank(node)), key=lambda axis: (home[Value(node, axis)][0], axis))
+            count, component = home[Value(node, last)]
+            found |= {component: None} if count else {}
     return tuple(_stream(program, axes, component) for component in found)
 
 
-def _is_weight(program: Program, node: fx.Node) -> bool:
-    return program.expression(node) is not None
-
-
-def _written(program: Program, axes: Axes, component: Iterable[Value]) -> int:
-    """How many values of a component have this axis from a weight."""
-    carriers = (axes.carriers(value) for value in component)
-    return sum(bool(found) and all(_is_weight(program, c.node) for c in found) for found in carriers if found)
-
-
-def _skips(program: Program) -> Iterator[fx.Node]:
-    """The sums ``x + f(x)`` where something between ``x`` and ``f(x)`` reads a weight."""
-    flow = networkx.DiGraph((x, node) for node in program.graph.nodes for x in node.all_input_nodes)
-    for node in program.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        terms = [x for x in node.all_input_nodes if not _is_weight(program, x)]
-        above = {x: networkx.ancestors(flow, x) for x in terms}
-        branches = ((networkx.descendants(flow, x) & above[f] | {f}) for x, f in permutations(terms, 2) if x in above[f])
-        if any(_is_weight(program, w) for branch in branches for y in branch for w in y.all_input_nodes):
-            yield node
+def _skips(flow: networkx.DiGraph, node: fx.Node, weights: set[fx.Node]) -> bool:
+    """Whether a sum is ``x + f(x)`` where ``f`` reads a weight."""
+    above = {x: networkx.ancestors(flow, x) for x in node.all_input_nodes if x in flow}
+    branches = ((networkx.descendants(flow, x) & above[f] | {f}) for x, f in permutations(above, 2) if x in above[f])
+    return any(w in weights for branch in branches for y in branch for w in y.all_input_nodes)
 
 
 def _stream(program: Program, axes: Axes, component: frozenset[Value]) -> Stream:
