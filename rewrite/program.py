@@ -134,9 +134,15 @@ class Program:
         """The dataflow as a networkx graph: one vertex per node name, one edge per operand.
 
         Vertex attributes: ``op``, ``target`` (text), ``path`` (module path), ``shape`` (text or None). For questions
-        of graph theory that need no speed; the engine itself never copies the graph.
+        of graph theory that need no speed; the engine itself never copies the graph. More in docs/graphs.md.
 
-        Example: ``networkx.dag_longest_path_length(program.to_networkx())``
+        Example:
+            >>> program = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), (torch.randn(3, 4),))
+            >>> graph = program.to_networkx()
+            >>> [graph.nodes[name]["target"] for name in networkx.dag_longest_path(graph)]
+            ['input_1', 'aten.linear', 'aten.relu', 'aten.linear', 'output']
+            >>> graph.nodes["relu"]["path"], sorted(networkx.ancestors(graph, "linear"))
+            ('1', ['_0_bias', '_0_weight', 'input_1'])
         """
         digraph = networkx.DiGraph()
         for node in self.graph.nodes:

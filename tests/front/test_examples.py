@@ -1,4 +1,4 @@
-"""The examples that take seconds run and say what they promise; the page about rewrites shows the code of one of them."""
+"""The examples that take seconds run and say what they promise; so do the pages of docs/."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def test_the_page_shows_the_class_of_the_example():
     page, example = (ROOT / path for path in ("docs/write_a_rewrite.md", "examples/02_write_a_rewrite.py"))
     (shown,) = re.findall(r"```python\n(class .*?)```", page.read_text(), re.DOTALL)
     assert shown in example.read_text()
+
+
+def test_the_page_about_graphs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, names = (ROOT / "docs/graphs.md").read_text(), {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert "× 12" in (tmp_path / "model.svg").read_text() and "relu" in (tmp_path / "block.svg").read_text()

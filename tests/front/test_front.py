@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import tautomer
 from tautomer import _front
 from tautomer.passes.norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from tautomer.rewrite import program as program_module
 from tautomer.rewrite.claims import BITWISE, Claim
 from tautomer.rewrite.errors import CaptureError, ClaimBroken, TautomerError, UsageError
 
@@ -62,6 +63,8 @@ def test_doctests() -> None:
     globs = {"nn": nn, "torch": torch, **{name: getattr(tautomer, name) for name in tautomer.__all__}}
     found = doctest.testmod(_front, extraglobs=globs, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
     assert found.attempted > 8 and found.failed == 0
+    found = doctest.testmod(program_module, extraglobs=globs)
+    assert found.attempted > 3 and found.failed == 0
 
 
 def test_one_call(model: nn.Module) -> None:

@@ -101,6 +101,15 @@ def test_explain_catalogue_and_bench(tautomer: Run) -> None:
     assert code == 0 and json.loads(out)["before_ms"] > 0
 
 
+def test_draw_writes_a_drawing(tautomer: Run, folder: Path) -> None:
+    code, out, _ = tautomer("draw", "mine:make", "model.svg")
+    assert code == 0 and "model.svg" in out
+    assert "layer_norm" in (folder / "model.svg").read_text() and 'stroke-width="2.5"' not in (folder / "model.svg").read_text()
+    code, out, _ = tautomer("draw", "mine:make", "fast.svg", "--rewrite", "--target", "onnxruntime", "--json")
+    assert code == 0 and json.loads(out) == {"path": "fast.svg"}
+    assert "rms_norm" in (folder / "fast.svg").read_text() and 'stroke-width="2.5"' in (folder / "fast.svg").read_text()
+
+
 def test_a_pt2_file(tautomer: Run, folder: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
     torch.export.save(torch.export.export(model, (torch.randn(2, 6),)), folder / "model.pt2")
@@ -126,6 +135,8 @@ BAD = {
     "unknown target": (("optimize", "mine:make", "--target", "onnxruntim"), "onnxruntime"),
     "unknown recipe": (("optimize", "mine:make", "--recipe", "inferenc"), "inference"),
     "unknown pass": (("explain", "mine:make", "fold-norm-shif"), "fold-norm-shift"),
+    "undrawable": (("draw", "mine:make", "no/such/folder/model.svg"), "no/such/folder"),
+    "nothing there": (("draw", "mine:make", "model.svg", "--at", "nowhere"), "nowhere"),
     "unwritable": (("export", "mine:make", "no/such/folder/model.onnx"), "no/such/folder"),
 }
 

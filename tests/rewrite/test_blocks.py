@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo.models import ids, pixels, randomize
 
 from tautomer.rewrite.blocks import Block, blocks, repeated
 from tautomer.rewrite.capture import capture
@@ -81,7 +81,7 @@ def test_equal_layers_are_one_group_with_an_interface(strip: Callable[[Program],
     found = strip(program([Layer() for _ in range(4)]))
     (group,) = repeated(found)
     assert len(group) == 4 and len({len(block.nodes) for block in group}) == 1
-    for before, block in zip(group, group[1:], strict=False):
+    for before, block in pairwise(group):
         assert before.outputs == block.inputs[:1] and len(block.inputs) == 1 and len(block.weights) == 6
 
 
@@ -223,9 +223,6 @@ def test_the_blocks_are_all_calls_in_order() -> None:
         calls = [node for node in found.graph.nodes if node.op == "call_function"]
         assert [node for block in blocks(found) for node in block.nodes] == calls
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
-from models import ids, pixels, randomize  # noqa: E402
 
 TINY: dict[str, Any] = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "use_cache": False}
 

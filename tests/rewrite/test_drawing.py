@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -51,10 +51,6 @@ def program() -> Program:
     return capture(Model().eval(), (IDS,))
 
 
-def texts(graph: object) -> list[str]:
-    return [" | ".join(box.lines) for box in graph]  # type: ignore[attr-defined]
-
-
 def test_repeated_blocks_are_one_box_and_masks_another(program: Program) -> None:
     graph = boxes(program)
     names = [box.lines[0] for box in graph]
@@ -74,7 +70,7 @@ def test_one_block_is_drawn_call_by_call(program: Program) -> None:
 
 
 def test_a_path_that_runs_nothing(program: Program) -> None:
-    with pytest.raises(UsageError, match="no call of Model is below 'layers.7'.*'layers.0'"):
+    with pytest.raises(UsageError, match=r"no call of Model is below 'layers\.7'\s+try: a module path such as 'layers\.0'"):
         draw(program, at="layers.7")
     with pytest.raises(UsageError):
         draw(program, at="layer")
@@ -111,7 +107,7 @@ def test_no_boxes_overlap_text_fits_and_edges_go_down_past_the_boxes(program: Pr
         assert any(l <= float(x) - half and float(x) + half <= r and t < float(y) < b for l, t, r, b in found), text  # noqa: E741
     for path in re.findall(r'<path d="(.*?)"', svg):
         points = _points(path)
-        assert all(a[1] <= b[1] + 0.1 for a, b in zip(points, points[1:], strict=False)), "an edge goes up"
+        assert all(a[1] <= b[1] + 0.1 for a, b in pairwise(points)), "an edge goes up"
         inside = [(x, y) for x, y in points for l, t, r, b in found if l + 1 < x < r - 1 and t + 1 < y < b - 1]  # noqa: E741
         assert not inside, "an edge crosses a box"
 
