@@ -1,11 +1,14 @@
 """How ops become ONNX, where torch's own translation will not do. Keyed by opset: a row exists only where its op exists.
 
-    rms_norm(x, [d])      ->  RMSNormalization(x, ones[d])         since opset 23
-    attention(q, k, v)    ->  Attention(q, k, v)                   since opset 23
+    rms_norm(x, [d])          ->  RMSNormalization(x, ones[d])                since opset 23
+    attention(q, k, v)        ->  Attention(q, k, v)                          since opset 23
+    add_layer_norm(x, r)      ->  SkipLayerNormalization(x, r)                CUDA
+    add_rms_norm(x, r)        ->  SkipSimplifiedLayerNormalization(x, r)      CUDA
 
-torch writes a scale of the whole shape of x for the first, and refuses the second where one key head serves all query
-heads by broadcasting. LayerNormalization (17) and Gelu (20) are torch's own and right. Below the opset of a row torch
-decomposes the op.
+The last two are of ONNX Runtime (com.microsoft), whose CPU kernels for them are slower than sum and norm apart. torch writes a
+scale of the whole shape of x for the first, and refuses the second where one key head serves all query heads by
+broadcasting. LayerNormalization (17) and Gelu (20) are torch's own and right. Below the opset of a row torch decomposes the
+op, and an op of ours without a row is what it is made of.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx
 import onnx_ir
+import onnxscript.values
 import torch
 from onnxscript import onnx_opset
+
+from tautomer.rewrite.library import tautomer
 
 opset23: Any = onnx_opset.opset23
 Translation = Callable[..., Any]
@@ -24,15 +31,17 @@ Translation = Callable[..., Any]
 def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
     """``aten.rms_norm`` as one RMSNormalization; the statistics are float32 at least, as in PyTorch."""
     if weight is None:
-        size = int(torch.Size(normalized_shape).numel())
-        ones = onnx_ir.tensor([1.0] * size, dtype=input.dtype)
-        weight = opset23.Constant(value=ones)
-        if len(normalized_shape) > 1:
-            weight = opset23.Reshape(weight, opset23.Constant(value_ints=list(normalized_shape)))
+        weight = _ones(input, normalized_shape)
     wide = input.dtype == onnx_ir.DataType.DOUBLE
     eps = torch.finfo(torch.float64 if wide else torch.float32).eps if eps is None else eps
     kind = onnx_ir.DataType.DOUBLE if wide else onnx_ir.DataType.FLOAT
     return opset23.RMSNormalization(input, weight, axis=-len(normalized_shape), epsilon=eps, stash_type=kind.value)
+
+
+def _ones(x: Any, shape: Sequence[int]) -> Any:
+    """A gain of ones, of the dtype of ``x``."""
+    ones = opset23.Constant(value=onnx_ir.tensor([1.0] * int(torch.Size(shape).numel()), dtype=x.dtype))
+    return ones if len(shape) == 1 else opset23.Reshape(ones, opset23.Constant(value_ints=list(shape)))
 
 
 def attention(
@@ -53,17 +62,65 @@ def attention(
     return opset23.Attention(query, key, value, attn_mask=attn_mask, scale=scale, is_causal=int(is_causal))[0]
 
 
-_ROWS: tuple[tuple[int, Callable[..., Any], Translation], ...] = (
-    (23, torch.ops.aten.rms_norm.default, rms_norm),
-    (23, torch.ops.aten.scaled_dot_product_attention.default, attention),
+def add_layer_norm(
+    x: Any, residual: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> tuple[Any, Any]:
+    """``tautomer.add_layer_norm`` as one SkipLayerNormalization; over several axes, or of another rank, sum and norm apart."""
+    if not _skips(x, normalized_shape):
+        total = opset23.Add(x, residual)
+        scale = _ones(x, normalized_shape) if weight is None else weight
+        return opset23.LayerNormalization(total, scale, bias, axis=-len(normalized_shape), epsilon=eps)[0], total
+    scale = _ones(x, normalized_shape) if weight is None else weight
+    found = _skip("SkipLayerNormalization", 5)(x, residual, scale, bias, None, epsilon=eps)
+    return found[0], found[3]
+
+
+def add_rms_norm(
+    x: Any, residual: Any, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> tuple[Any, Any]:
+    """``tautomer.add_rms_norm`` as one SkipSimplifiedLayerNormalization; of another rank, sum and norm apart."""
+    if not _skips(x, normalized_shape):
+        total = opset23.Add(x, residual)
+        total.dtype = x.dtype
+        return rms_norm(total, normalized_shape, weight, eps), total
+    scale = _ones(x, normalized_shape) if weight is None else weight
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    found = _skip("SkipSimplifiedLayerNormalization", 4)(x, residual, scale, None, epsilon=eps)
+    return found[0], found[3]
+
+
+def _skips(x: Any, normalized_shape: Sequence[int]) -> bool:
+    """Whether ONNX Runtime has a kernel: the last of two or three axes, not in double precision."""
+    return len(normalized_shape) == 1 and len(x.shape) in (2, 3) and x.dtype != onnx_ir.DataType.DOUBLE
+
+
+def _skip(name: str, inputs: int) -> Any:
+    """An operator of ONNX Runtime, which onnxscript has no schema for: ``inputs`` tensors in, normed, mean, scale and sum out."""
+    kind, schema = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    optional = kind.FormalParameterOption.Optional
+    takes = [schema(f"x{i}", "T", param_option=kind.FormalParameterOption.Single if i < 3 else optional) for i in range(inputs)]
+    gives = [schema(f"y{i}", "T", param_option=optional) for i in range(4)]
+    types = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")]
+    epsilon = [kind.Attribute("epsilon", kind.AttrType.FLOAT, "")]
+    made = kind(name, _MICROSOFT, 1, inputs=takes, outputs=gives, type_constraints=types, attributes=epsilon)
+    return onnxscript.values.Op(onnxscript.values.Opset(_MICROSOFT, 1), name, made)
+
+
+_MICROSOFT = "com.microsoft"
+_ROWS: tuple[tuple[int, str, Callable[..., Any], Translation], ...] = (
+    (23, "", torch.ops.aten.rms_norm.default, rms_norm),
+    (23, "", torch.ops.aten.scaled_dot_product_attention.default, attention),
+    (23, "cuda", tautomer.add_layer_norm.v1, add_layer_norm),
+    (23, "cuda", tautomer.add_rms_norm.v1, add_rms_norm),
 )
+"""Since which opset, for which provider ("" is any), which op, how."""
 
 
-def table(opset: int) -> dict[Callable[..., Any], Translation]:
-    """The translations to hand to ``torch.onnx.export(custom_translation_table=…)`` for an opset.
+def table(opset: int, provider: str = "cpu") -> dict[Callable[..., Any], Translation]:
+    """The translations to hand to ``torch.onnx.export(custom_translation_table=…)`` for an opset and a provider.
 
     Example:
-        >>> len(table(18)), len(table(23))
-        (0, 2)
+        >>> len(table(18)), len(table(23)), len(table(23, "cuda"))
+        (0, 2, 4)
     """
-    return {op: translation for since, op, translation in _ROWS if opset >= since}
+    return {op: row for since, only, op, row in _ROWS if opset >= since and only in ("", provider)}

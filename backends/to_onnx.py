@@ -113,7 +113,7 @@ def to_onnx(
     target = _writable(path)
     _validate(program, provider, opset)
     module = _flat(program)
-    onnx_program = _translate(program, module, opset, dynamic)
+    onnx_program = _translate(program, module, table(opset, provider), opset, dynamic)
     model = onnx_program.model
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
     inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
@@ -168,12 +168,11 @@ def _validate(program: Program, provider: str, opset: int) -> None:
 # -- torch to ONNX --------------------------------------------------------------------------------------------
 
 
-def _translate(program: Program, module: nn.Module, opset: int, dynamic: bool) -> Any:
+def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset: int, dynamic: bool) -> Any:
     """The ONNX program, from a fresh export of the emitted module on tensors alone."""
     tensors = [x for x in program.example if isinstance(x, Tensor)]
     sizes = tuple(dict.fromkeys(axes if dynamic else (), torch.export.Dim.AUTO) for axes in _free(program))
     degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
-    rows = table(opset)
     try:
         with _quiet(), torch.no_grad(), oblivious_sizes() if degenerate else contextlib.nullcontext():
             exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)

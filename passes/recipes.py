@@ -23,9 +23,13 @@ from .cleanup.name_weights import NameWeights
 from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
 from .norm.fold_norm_shift import FoldNormShift
+from .norm.fuse_add_layer_norm import FuseAddLayerNorm
+from .norm.fuse_add_rms_norm import FuseAddRmsNorm
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
 from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from .norm.prescale_layer_norm import PrescaleLayerNorm
+from .norm.prescale_rms_norm import PrescaleRmsNorm
 from .raise_.absorb_attention_scale import AbsorbAttentionScale
 from .raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
 from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
@@ -91,12 +95,21 @@ RAISE: tuple[type[Pass], ...] = (
     *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
+CHOOSE: tuple[type[Pass], ...] = (FuseAddLayerNorm, FuseAddRmsNorm)
+"""Forms that a target must ask for: none of them pays by itself."""
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
-EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
+EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CHOOSE, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
-ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, LayerNormToCrmsNorm, LayerNormToNarrowRmsNorm, MergeParallelLinears)
-"""In no recipe, a user asks for these by name: one is no equality, the others change the shapes of weights and seldom pay."""
+ON_REQUEST: tuple[type[Pass], ...] = (
+    RaiseRoundedGelu,
+    LayerNormToCrmsNorm,
+    LayerNormToNarrowRmsNorm,
+    PrescaleLayerNorm,
+    PrescaleRmsNorm,
+    MergeParallelLinears,
+)
+"""In no recipe, a user asks for these by name: no equality, other shapes of weights, or a price that few targets are worth."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 

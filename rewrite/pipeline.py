@@ -85,10 +85,13 @@ def run_passes(
 
 
 def _pays(rewrite: Pass, program: Program, target: Target | None, outcome: Outcome) -> bool:
-    """Ask the target, once per pass whose purpose is speed; a refusal is reported with both numbers."""
+    """Ask the target, once per pass whose purpose is speed; a refusal is reported with both numbers.
+
+    A form that targets choose among is left alone by a target that has no opinion.
+    """
     gain = target.gain(rewrite.name, program) if target is not None and rewrite.purpose == "speed" else None
     if gain is None:
-        return True
+        return target is None or rewrite.phase != "choose"
     outcome.gains[rewrite.name] = gain
     if not gain.pays:
         assert target is not None

@@ -54,8 +54,8 @@ def bisect(
     tell("capturing")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     everything = optimize(program, recipe=recipe, passes=passes, target=target, check=False)
-    declined = {name for name, gain in everything.report.gains.items() if not gain.pays}
-    admitted = [rewrite for rewrite in _passes(recipe, passes) if rewrite.name not in declined]
+    pays = {name: gain.pays for name, gain in everything.report.gains.items()}
+    admitted = [p for p in _passes(recipe, passes) if pays.get(p.name, passes is not None or p.phase != "choose")]
 
     def rewritten(fuel: int) -> Rewritten:
         tell(f"trying {fuel} of {len(everything.report.applications)} applications")

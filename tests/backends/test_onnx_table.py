@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy
 import onnxruntime
 import onnxscript.optimizer
@@ -11,22 +13,23 @@ from torch import nn
 from torch.nn import functional
 
 from tautomer.backends.onnx_table import table
+from tautomer.rewrite.library import tautomer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter, of torch's own
 
 
-def run(function, *inputs, opset=23):
+def run(function, *inputs, opset=23, provider="cpu"):
     class Call(nn.Module):
         def forward(self, *xs):
             return function(*xs)
 
     exported = torch.export.export(Call(), inputs)
-    program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, custom_translation_table=table(opset),
+    program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, custom_translation_table=table(opset, provider),
                                 optimize=False, verbose=False)  # fmt: skip
     onnxscript.optimizer.optimize(program.model)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {x.name: y.numpy() for x, y in zip(session.get_inputs(), inputs, strict=True)}
-    return program.model, torch.from_numpy(session.run(None, feed)[0])
+    return program.model, *map(torch.from_numpy, session.run(None, feed))
 
 
 def scales(model):
@@ -95,3 +98,35 @@ def test_torchs_own_translations_are_right(op, function):
     model, found = run(function, x)
     assert sum(node.op_type == op for node in model.graph.all_nodes()) == 1
     torch.testing.assert_close(found, function(x), rtol=1e-5, atol=1e-5)
+
+
+def kinds(model):
+    return Counter(node.op_type for node in model.graph.all_nodes() if node.op_type != "Constant")
+
+
+FUSED = {
+    "layer": (lambda x, r, *w: tautomer.add_layer_norm.v1(x, r, [x.shape[-1]], *w, eps=1e-3), "SkipLayerNormalization", 2),
+    "rms": (lambda x, r, *w: tautomer.add_rms_norm.v1(x, r, [x.shape[-1]], *w, eps=1e-3), "SkipSimplifiedLayerNormalization", 1),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_sum_and_norm_are_one_node_with_both_results_where_the_provider_has_it(name, scaled):
+    function, kind, count = FUSED[name]
+    inputs = (*torch.randn(2, 2, 5, 8), *(torch.randn(count, 8) if scaled else ()))
+    model, normed, total = run(function, *inputs, provider="cuda")
+    assert kinds(model) == {kind: 1}
+    for found, wanted in zip((normed, total), function(*inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_elsewhere_they_stay_apart(name):
+    function, kind, _ = FUSED[name]
+    inputs = torch.randn(2, 2, 5, 8)
+    for provider, shaped in (("cpu", inputs), ("cuda", inputs[:, None, None]), ("cuda", inputs.double())):
+        model, normed, total = run(function, *shaped, provider=provider)
+        assert kind not in kinds(model) and kinds(model)["Add"] == 1
+        for found, wanted in zip((normed, total), function(*shaped), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
