@@ -1,4 +1,4 @@
-"""In strict float16, sums included, the scaled norms stay within 2e-3 where the plain ones overflow; in float64 they are equal."""
+"""In strict float16, sums included, scaled norms stay within 2e-3 where plain ones overflow; in float64 they are equal."""
 
 from __future__ import annotations
 
