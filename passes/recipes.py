@@ -22,6 +22,7 @@ from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
 from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
+from .norm.fold_norm_gain import FoldNormGain
 from .norm.fold_norm_shift import FoldNormShift
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
@@ -95,8 +96,15 @@ CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDea
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
-ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, LayerNormToCrmsNorm, LayerNormToNarrowRmsNorm, MergeParallelLinears)
+ON_REQUEST: tuple[type[Pass], ...] = (
+    RaiseRoundedGelu,
+    LayerNormToCrmsNorm,
+    LayerNormToNarrowRmsNorm,
+    MergeParallelLinears,
+    FoldNormGain,
+)
 """In no recipe, a user asks for these by name: one is no equality, the others change the shapes of weights and seldom pay."""
+"""In no recipe, a user asks for these by name: one is no equality, the other renames parameters and seldom pays."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 

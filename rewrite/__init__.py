@@ -56,6 +56,7 @@ Rules: two sides of an equation:
 Facts for rewrites of a whole program:
 
     axes.py         An axis of a tensor, followed through the ops that carry it
+    readers.py      Who reads the features of a value, behind what only moves them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
