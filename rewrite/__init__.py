@@ -8,6 +8,7 @@ What everything speaks of:
     claims.py       A claim is what a rewrite promises about outputs and gradients
     _torch.py       Every private name of torch that tautomer uses, and nothing else
     shapes.py       Sizes may be symbols; every comparison of sizes goes through here
+    expressions.py  An expression over weights: a leaf of the user's model, or an op on expressions
     weights.py      The table of weights: a weight is a leaf of the user's model or an expression over leaves
     signature.py    The call of a captured model: its own signature, bound by name, flattened to the graph's inputs
     program.py      A program: an fx graph, its weights, and how it is called

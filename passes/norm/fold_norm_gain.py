@@ -42,7 +42,6 @@ KEEP_A_SHIFT = {
     aten.roll.default, aten.flip.default, aten.mean.dim, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
     aten.unbind.int, operator.getitem,
 }  # fmt: skip
-"""Moves f with f(x + c) = f(x) + c: they put nothing beside x and weigh nothing."""
 
 
 class FoldNormGain(Pass):
@@ -83,8 +82,14 @@ def foldable(program: Program, norm: fx.Node) -> Readers:
         for reader in found.contractions:
             require(not pads(reader.node), f"{place(reader.node)} pads with zeros, where the shift would be missing")
         for move in found.moves:
-            require(move.target in KEEP_A_SHIFT, f"{target_name(move)} at {place(move)} changes the shift on its way")
+            require(keeps_a_shift(move), f"{target_name(move)} at {place(move)} changes the shift on its way")
     return found
+
+
+def keeps_a_shift(move: fx.Node) -> bool:
+    """Whether move(x + c) = move(x) + c: it puts nothing beside x and weighs nothing."""
+    copies = move.target is aten.pad.default and arguments(move)["mode"] != "constant"
+    return copies or move.target in KEEP_A_SHIFT
 
 
 def pads(reader: fx.Node) -> bool:
@@ -124,6 +129,7 @@ def bare(op: GraphOps, norm: fx.Node) -> Any:
 def again(op: GraphOps, call: fx.Node, *args: Any, **kwargs: Any) -> Any:
     """``call`` with other arguments."""
     assert callable(call.target)
+    op.editor.metadata.learn(call)
     return op(call.target)(*args, **kwargs)
 
 
