@@ -23,7 +23,9 @@ from .cleanup.name_weights import NameWeights
 from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
 from .norm.fold_norm_gain import FoldNormGain
+from .norm.fold_norm_scale import FoldNormScale
 from .norm.fold_norm_shift import FoldNormShift
+from .norm.fold_residual_scale import FoldResidualScale
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
 from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
@@ -91,7 +93,14 @@ RAISE: tuple[type[Pass], ...] = (
     RaiseSilu,
     *ATTENTION,
 )
-NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
+NORM: tuple[type[Pass], ...] = (
+    FoldLayerScale,
+    FoldChannelScale,
+    FoldNormScale,
+    FoldResidualScale,
+    LayerNormToRmsNorm,
+    FoldNormShift,
+)
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
@@ -103,8 +112,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     MergeParallelLinears,
     FoldNormGain,
 )
-"""In no recipe, a user asks for these by name: one is no equality, the others change the shapes of weights and seldom pay."""
-"""In no recipe, a user asks for these by name: one is no equality, the other renames parameters and seldom pays."""
+"""In no recipe, a user asks for these by name: no equality, or weights change their shape or name and it seldom pays."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
