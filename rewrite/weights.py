@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from ._torch import storage_key
+from .errors import UsageError
+from .evidence import ROUNDING, relative_error
 from .expressions import Apply, Expression, Leaf, evaluate, leaves, map_leaves, promote
+from .inverse import origin
 
 __all__ = ["Apply", "Expression", "Kind", "Leaf", "Weight", "Weights", "evaluate", "expression_of", "leaves", "marked", "opaque"]
 
@@ -203,6 +206,48 @@ class Weights:
             value = evaluate(weight.expression, lambda leaf: promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
             mapped[name] = value.to(weight.meta.dtype).contiguous()
         return marked(mapped, self.edits())
+
+    def to_original(self, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+        """Map a state dict of the rewritten model, perhaps trained further, back to one of the original model.
+
+        The answer is an original of ``state``: ``from_original(to_original(state))`` is ``state`` up to rounding. An edited
+        weight is solved for the leaf it stands for (inverse.py); leaves that are in no weight of the rewritten model any
+        more, a folded gain for one, keep the value they had.
+
+        Raises:
+            UsageError: a weight is missing, or has no original: an edit without an inverse, or one that training has
+                left (a centred matrix that is not centred any more).
+
+        Example: ``model.load_state_dict(fast.weights.to_original(fast.state_dict()))``
+        """
+        entries = [(name, weight) for name, weight in self.entries.items() if weight.persistent]
+        if missing := [name for name, _ in entries if name not in state]:
+            raise UsageError(f"the state dict has no '{missing[0]}'", hint="pass the rewritten model's own state_dict()")
+        value = {name: promote(state[name].detach(), torch.float64) for name, _ in entries}
+        edits = {name: (weight.expression, value[name]) for name, weight in entries if weight.edited}
+        kept = {alias: name for name, weight in entries if not weight.edited for alias in self._names(name)}
+        leaf = {name: promote(tensor.detach(), torch.float64) for name, tensor in self.leaves.items()}
+        leaf |= {alias: value[name] for alias, name in kept.items()}
+        found = origin(edits, leaf, frozenset(kept), self._names)
+        leaf |= found
+        for name, (expression, wanted) in edits.items():
+            error = relative_error(evaluate(expression, leaf.__getitem__), wanted)
+            if not error <= ROUNDING * torch.finfo(state[name].dtype).eps:
+                raise UsageError(
+                    f"'{name}' has no original any more: {expression} gives it back with an error of {error:.1e} only"
+                )
+        original: OrderedDict[str, Tensor] = OrderedDict()
+        for name in (name for name, weight in self._origin.items() if weight.persistent):
+            solved = found.get(name)
+            original[name] = self.leaves[name].detach() if solved is None else solved.to(self.leaves[name].dtype).contiguous()
+            if name in kept:
+                original[name] = state[kept[name]]
+        return original
+
+    def _names(self, leaf: str) -> list[str]:
+        """Every name of the user's tensor behind a leaf."""
+        views = {name: (storage_key(t), t.storage_offset(), t.shape, t.stride()) for name, t in self.leaves.items()}
+        return [name for name, view in views.items() if view == views[leaf]]
 
 
 MARK = "tautomer"
