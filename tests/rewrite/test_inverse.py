@@ -1,4 +1,4 @@
-"""A state dict goes back: its answer is an original of it, for every rewrite there is, or one sentence says which weight has none."""
+"""A state dict goes back to an original of itself, for every rewrite there is, or one sentence says which weight has none."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_centred_matrix_is_its_own_origin_until_training_moves_its_mean() -> N
 
 def test_a_weight_that_is_missing_is_named() -> None:
     fast = tautomer.optimize(PreNorm().eval(), (IDS,), passes=["fold-layer-scale", *CLEANUP])
-    with pytest.raises(UsageError, match="the state dict has no 'up.0.weight'"):
+    with pytest.raises(UsageError, match=r"the state dict has no 'up.0.weight'"):
         fast.weights.to_original({name: value for name, value in fast.state_dict().items() if name != "up.0.weight"})
 
 
