@@ -220,7 +220,7 @@ class Weights:
 
         Example: ``model.load_state_dict(fast.weights.to_original(fast.state_dict()))``
         """
-        entries = [(name, weight) for name, weight in self.entries.items() if weight.persistent]
+        entries = [(name, weight) for name, weight in self.emitted().items() if weight.persistent]
         if missing := [name for name, _ in entries if name not in state]:
             raise UsageError(f"the state dict has no '{missing[0]}'", hint="pass the rewritten model's own state_dict()")
         value = {name: promote(state[name].detach(), torch.float64) for name, _ in entries}
