@@ -16,7 +16,6 @@ from tautomer.passes.recipes import CLEANUP, NORM, RAISE
 from tautomer.rewrite.evidence import relative_error
 from tautomer.rewrite.pass_base import Pass
 
-
 PASSES: list[type[Pass]] = [*RAISE, *(kind for kind in NORM if kind.name != "layer-norm-to-rms-norm"), FoldNormGain, *CLEANUP]
 MODELS = {
     **{name: ZOO[name] for name in ("llama", "gemma", "gpt2", "t5", "vit")},
