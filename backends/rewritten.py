@@ -44,6 +44,7 @@ class Rewritten(nn.Module):
 
         module.load_state_dict(module.weights.from_original(state))     of the original model
         module.load_state_dict(module.own(state))                       of this module, as a plain dict (safetensors)
+        model.load_state_dict(module.weights.to_original(module.state_dict()))     back to the original, after training
 
     Attributes:
         graph: its fx graph.

@@ -22,7 +22,10 @@ from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
 from .norm.fold_channel_scale import FoldChannelScale
 from .norm.fold_layer_scale import FoldLayerScale
+from .norm.fold_norm_gain import FoldNormGain
+from .norm.fold_norm_scale import FoldNormScale
 from .norm.fold_norm_shift import FoldNormShift
+from .norm.fold_residual_scale import FoldResidualScale
 from .norm.fuse_add_layer_norm import FuseAddLayerNorm
 from .norm.fuse_add_rms_norm import FuseAddRmsNorm
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
@@ -94,7 +97,14 @@ RAISE: tuple[type[Pass], ...] = (
     RaiseSilu,
     *ATTENTION,
 )
-NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
+NORM: tuple[type[Pass], ...] = (
+    FoldLayerScale,
+    FoldChannelScale,
+    FoldNormScale,
+    FoldResidualScale,
+    LayerNormToRmsNorm,
+    FoldNormShift,
+)
 CHOOSE: tuple[type[Pass], ...] = (FuseAddLayerNorm, FuseAddRmsNorm)
 """Forms that a target must ask for: none of them pays by itself."""
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
@@ -107,6 +117,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     LayerNormToNarrowRmsNorm,
     PrescaleLayerNorm,
     PrescaleRmsNorm,
+    FoldNormGain,
     MergeParallelLinears,
 )
 """In no recipe, a user asks for these by name: no equality, other shapes of weights, or a price that few targets are worth."""

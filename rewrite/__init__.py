@@ -8,6 +8,9 @@ What everything speaks of:
     claims.py       A claim is what a rewrite promises about outputs and gradients
     _torch.py       Every private name of torch that tautomer uses, and nothing else
     shapes.py       Sizes may be symbols; every comparison of sizes goes through here
+    evidence.py     What was measured when a claim was checked, and the one table of tolerances
+    expressions.py  An expression over weights: a leaf of the user's model, or an op on expressions
+    inverse.py      Solve an edit for one of its leaves
     weights.py      The table of weights: a weight is a leaf of the user's model or an expression over leaves
     signature.py    The call of a captured model: its own signature, bound by name, flattened to the graph's inputs
     program.py      A program: an fx graph, its weights, and how it is called
@@ -31,7 +34,6 @@ What a rewrite is, and what it may say:
     pass_base.py    A pass: one rewrite of a whole program, with a name, a claim and a source
     target.py       What a target is: where a program will run, and whether a rewrite pays there
     relations.py    How a value of the rewritten program stands to the value it comes from
-    evidence.py     What was measured when a claim was checked, and the one table of tolerances
 
 Holding a program to a claim:
 
@@ -56,6 +58,7 @@ Rules: two sides of an equation:
 Facts for rewrites of a whole program:
 
     axes.py         An axis of a tensor, followed through the ops that carry it
+    readers.py      Who reads the features of a value, behind what only moves them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut

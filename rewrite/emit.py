@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 
 from ._torch import erased, storage_key
 from .errors import require
-from .metadata import Derived, Metadata, value_of
+from .metadata import CONVOLUTIONS, Derived, Metadata, value_of
 from .ops import OPS, Op, Ops, form_of, is_pure
 from .program import Program, inherit
 from .shapes import product, static
@@ -34,9 +34,8 @@ class Editor:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.metadata = Metadata(program.fake_mode)
-        # A convolution asks about sizes to choose its kernel, which would be a guard: the capture has asked already.
-        for name in ("conv1d", "conv2d", "conv3d"):
-            for node in program.graph.find_nodes(op="call_function", target=OPS[name].target):
+        for target in CONVOLUTIONS:
+            for node in program.graph.find_nodes(op="call_function", target=target):
                 self.metadata.learn(node)
         self._constant: dict[fx.Node, bool] = {}
         self._expressions: dict[fx.Node, Expression | None] = {}

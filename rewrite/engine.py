@@ -262,12 +262,14 @@ class _Engine:
         large = [weight for name in op.staged if (weight := self.program.weights[name]).meta.ndim >= 2]
         if not large:
             return
-        dying = _dying(roots)
+        dying, seen = _dying(roots), set[str]()
         for weight in large:
             for leaf in dict.fromkeys(leaves(weight.expression)):
                 source = self.program.weights.leaves[leaf]
                 if source.ndim < 2 or source.numel() > product(weight.meta.shape):
                     continue
+                require(leaf not in seen, f"'{leaf}' would be stored twice, edited in two ways")
+                seen.add(leaf)
                 reader = next((user for user in self.editor.readers(leaf) if user not in dying), None)
                 if reader is not None:
                     raise Refused(f"'{leaf}' would be stored twice: {target_name(reader)} '{reader.name}' also reads it")
@@ -303,23 +305,26 @@ class _Engine:
 
 
 def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],
-               editor: Editor, context: Context) -> None:  # fmt: skip
+               editor: Editor, context: Context, interior: Sequence[fx.Node] = ()) -> None:  # fmt: skip
     """Let what ``emit`` makes stand for ``old``, which are siblings in order: an application of a pass that is no rule.
 
-    New nodes stand before the first of ``old``. The same transaction as of a rule: if anything speaks against it, nothing
-    has changed.
+    New nodes stand before the first of ``old``, or where ``emit`` moves its anchor to. The same transaction as of a rule: if
+    anything speaks against it, nothing has changed.
+
+    Args:
+        interior: the nodes, in order, that ``old`` reads and that ``emit`` makes anew as well.
 
     Raises:
         Refused: a reader downstream could not run, a matrix would be stored twice, or the claim does not hold here.
     """
     engine, before = _Engine((), editor.program, context), tuple(old)
-    engine.editor, op = editor, editor.before(before[0])
+    engine.editor, op, nodes = editor, editor.before(before[0]), (*interior, *before)
     try:
         after = tuple(emit(op))
         overlay = engine.compare(before, after)
         engine.refuse_second_copies(op, before)
         error = (
-            hold(rewrite.claim, Region(before, before, {}), Region(tuple(op.created), after, {}), editor)
+            hold(rewrite.claim, Region(nodes, before, {}), Region(tuple(op.created), after, {}), editor)
             if context.check
             else None
         )
@@ -329,7 +334,8 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
     except Exception:
         op.rollback()
         raise
-    context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
+    others = [node for node in before if node is not nodes[0]]
+    context.applied(rewrite, nodes[0], f"with {', '.join(map(place, others))}", error)
     engine.commit(op, before, after, overlay)
 
 

@@ -39,6 +39,14 @@ class Derived:
 
 _UNKNOWN = object()
 
+aten = torch.ops.aten
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
+"""They ask about sizes to choose their kernel, which would be a guard. The capture has asked already."""
+
 
 class Metadata:
     """Fake results by question, for one fake mode (one program)."""
@@ -59,7 +67,7 @@ class Metadata:
         spelled = (id(target), *map(self.key, args), self.key(tuple(kwargs.items())) if kwargs else None)
         result = self.memo.get(spelled, _UNKNOWN)
         if result is _UNKNOWN:
-            question = (id(target), self.key(fill(target, args, kwargs)))
+            question = self._question(target, args, kwargs)
             if question not in self.memo:
                 values = {name: value_of(x) for name, x in kwargs.items()}
                 self.memo[question] = self._run(target, value_of(args), values)
@@ -68,7 +76,12 @@ class Metadata:
 
     def learn(self, node: fx.Node) -> None:
         """Remember what the capture knows about a call."""
-        self.memo[id(node.target), self.key(fill(node.target, node.args, node.kwargs))] = node.meta.get("val")
+        self.memo[self._question(node.target, node.args, node.kwargs)] = node.meta.get("val")
+
+    def _question(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+        """What the result depends on; that of a convolution looks the same with a bias and without."""
+        filled = fill(target, args, kwargs)
+        return id(target), self.key((*filled[:2], *filled[3:]) if target in CONVOLUTIONS else filled)
 
     def key(self, x: Any) -> Hashable:
         """Everything an op can see of an operand."""

@@ -2,9 +2,8 @@
 
     W' = Apply(mul, W, g)          read: the product of the leaves "W" and "g"
 
-An edit never computes at once. It is an expression, so it can be evaluated on anything: on float64 leaves (the one
-rounding happens when the finished program is materialised), on meta tensors, on a state dict of the original, on
-leaves that require gradients (which is how a gradient goes back through the weight map).
+An edit never computes at once. It is an expression (expressions.py), computed in float64 and rounded once when the
+finished program is materialised.
 
 Two names of one storage are one weight. The leaves are the user's own tensors: shared, never written.
 """
@@ -12,7 +11,7 @@ Two names of one storage are one weight. The leaves are the user's own tensors: 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Literal
@@ -21,65 +20,14 @@ import torch
 from torch import Tensor, fx
 
 from ._torch import storage_key
+from .errors import UsageError
+from .evidence import ROUNDING, relative_error
+from .expressions import Apply, Expression, Leaf, evaluate, leaves, map_leaves, promote
+from .inverse import origin
+
+__all__ = ["Apply", "Expression", "Kind", "Leaf", "Weight", "Weights", "evaluate", "expression_of", "leaves", "marked", "opaque"]
 
 Kind = Literal["parameter", "buffer", "constant"]
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A tensor of the user's model, by its name there."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class Apply:
-    """``target(*args, **kwargs)`` where the tensors among the arguments are expressions."""
-
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    def __str__(self) -> str:
-        shown = [str(a) for a in self.args] + [f"{k}={v}" for k, v in self.kwargs]
-        return f"{getattr(self.target, '__name__', self.target)}({', '.join(shown)})"
-
-
-Expression = Leaf | Apply
-
-
-def evaluate(expression: Expression, leaf: Callable[[str], Tensor]) -> Tensor:
-    """The value of ``expression`` with the leaves that ``leaf`` gives."""
-    if isinstance(expression, Leaf):
-        return leaf(expression.name)
-
-    def value(x: Any) -> Any:
-        return evaluate(x, leaf) if isinstance(x, Leaf | Apply) else x
-
-    args = _map(expression.args, value)
-    kwargs = {k: _map(v, value) for k, v in expression.kwargs}
-    result: Tensor = expression.target(*args, **kwargs)
-    return result
-
-
-def leaves(expression: Expression) -> Iterator[str]:
-    """The names of the leaves that ``expression`` reads, in order, with repetitions."""
-    if isinstance(expression, Leaf):
-        yield expression.name
-        return
-    found: list[str] = []
-    for x in (*expression.args, *(v for _, v in expression.kwargs)):
-        _map(x, lambda y: found.extend(leaves(y)) if isinstance(y, Leaf | Apply) else None)
-    yield from found
-
-
-def _map(x: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(x, (tuple, list)):
-        return type(x)(_map(y, function) for y in x)
-    return function(x)
 
 
 @dataclass(frozen=True)
@@ -197,11 +145,11 @@ class Weights:
         """
         weight = self.entries[name]
         if dtype is not None:
-            return evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), dtype))
+            return evaluate(weight.expression, lambda leaf: promote(self.leaves[leaf].detach(), dtype), dtype)
         if not weight.edited:
             return self.leaves[name]
         wide = None if self.live else torch.float64
-        value = evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), wide))
+        value = evaluate(weight.expression, lambda leaf: promote(self.leaves[leaf].detach(), wide), wide)
         return value.to(weight.meta.dtype).contiguous()
 
     # -- edits ------------------------------------------------------------------------------------------------
@@ -255,9 +203,51 @@ class Weights:
             if not weight.edited:
                 mapped[name] = state[name]
                 continue
-            value = evaluate(weight.expression, lambda leaf: _promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
+            value = evaluate(weight.expression, lambda leaf: promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
             mapped[name] = value.to(weight.meta.dtype).contiguous()
         return marked(mapped, self.edits())
+
+    def to_original(self, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+        """Map a state dict of the rewritten model, perhaps trained further, back to one of the original model.
+
+        The answer is an original of ``state``: ``from_original(to_original(state))`` is ``state`` up to rounding. An edited
+        weight is solved for the leaf it stands for (inverse.py); leaves that are in no weight of the rewritten model any
+        more, a folded gain for one, keep the value they had.
+
+        Raises:
+            UsageError: a weight is missing, or has no original: an edit without an inverse, or one that training has
+                left (a centred matrix that is not centred any more).
+
+        Example: ``model.load_state_dict(fast.weights.to_original(fast.state_dict()))``
+        """
+        entries = [(name, weight) for name, weight in self.emitted().items() if weight.persistent]
+        if missing := [name for name, _ in entries if name not in state]:
+            raise UsageError(f"the state dict has no '{missing[0]}'", hint="pass the rewritten model's own state_dict()")
+        value = {name: promote(state[name].detach(), torch.float64) for name, _ in entries}
+        edits = {name: (weight.expression, value[name]) for name, weight in entries if weight.edited}
+        kept = {alias: name for name, weight in entries if not weight.edited for alias in self._names(name)}
+        leaf = {name: promote(tensor.detach(), torch.float64) for name, tensor in self.leaves.items()}
+        leaf |= {alias: value[name] for alias, name in kept.items()}
+        found = origin(edits, leaf, frozenset(kept), self._names)
+        leaf |= found
+        for name, (expression, wanted) in edits.items():
+            error = relative_error(evaluate(expression, leaf.__getitem__), wanted)
+            if not error <= ROUNDING * torch.finfo(state[name].dtype).eps:
+                raise UsageError(
+                    f"'{name}' has no original any more: {expression} gives it back with an error of {error:.1e} only"
+                )
+        original: OrderedDict[str, Tensor] = OrderedDict()
+        for name in (name for name, weight in self._origin.items() if weight.persistent):
+            solved = found.get(name)
+            original[name] = self.leaves[name].detach() if solved is None else solved.to(self.leaves[name].dtype).contiguous()
+            if name in kept:
+                original[name] = state[kept[name]]
+        return original
+
+    def _names(self, leaf: str) -> list[str]:
+        """Every name of the user's tensor behind a leaf."""
+        views = {name: (storage_key(t), t.storage_offset(), t.shape, t.stride()) for name, t in self.leaves.items()}
+        return [name for name, view in views.items() if view == views[leaf]]
 
 
 MARK = "tautomer"
@@ -268,10 +258,6 @@ def marked(state: Mapping[str, Tensor], edits: Mapping[str, str]) -> OrderedDict
     twin = OrderedDict(state)
     twin._metadata = {"": {"version": 1, MARK: dict(edits)}}  # type: ignore[attr-defined]
     return twin
-
-
-def _promote(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 MUTATED = "tautomer_mutated"
@@ -299,8 +285,8 @@ def expression_of(node: Any, weights: Weights) -> Expression | None:
         return None
     operands = {operand: expression_of(operand, weights) for operand in node.all_input_nodes}
     substitute = lambda x: operands[x] if isinstance(x, fx.Node) else x  # noqa: E731
-    args = tuple(_map(_plain(a), substitute) for a in node.args)
-    kwargs = tuple((k, _map(_plain(v), substitute)) for k, v in node.kwargs.items())
+    args = tuple(map_leaves(_plain(a), substitute) for a in node.args)
+    kwargs = tuple((k, map_leaves(_plain(v), substitute)) for k, v in node.kwargs.items())
     return Apply(node.target, args, kwargs)  # type: ignore[arg-type]
 
 

@@ -399,3 +399,29 @@ def test_erase_dead_keeps_inputs_and_effects():
     program.output.args = ((program.placeholders[0],),)
     assert [node.name for node in erase_dead(program.graph, [output])] == ["exp", "tanh"]
     assert program.placeholders
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W, self.s, self.t = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return nn.functional.linear(x * self.s, self.W) + nn.functional.linear(x.tanh() * self.t, self.W)
+
+
+def test_a_matrix_that_two_applications_would_edit_in_two_ways_stays():
+    class Both(Rule):
+        claim = ALGEBRAIC
+
+        def before(self, op, x, y, s: Weight, t: Weight, W: Weight):
+            return op.add(op.linear(op.mul(x, s), W), op.linear(op.mul(y, t), W))
+
+        def after(self, op, x, y, s, t, W):
+            return op.add(op.linear(x, op.mul(W, s)), op.linear(y, op.mul(W, t)))
+
+    program, context = capture(Wide(), (torch.randn(3, 4),)), Context()
+    apply_rules((Both(),), program, context)
+    assert not context.log.applications
+    assert context.log.refusals[0].reason.startswith("'W' would be stored twice, edited in two ways")
+    assert set(program.weights) == {"W", "s", "t"}

@@ -43,6 +43,15 @@ def test_it_folds(bias, shape):
     assert program.weights["linear.weight_1"].meta.shape == (6, 4)
 
 
+@pytest.mark.parametrize(
+    "scaled", [lambda m, x: m.linear(x) * 0.22, lambda m, x: 3 * m.linear(x), lambda m, x: m.linear(x) / 8**0.5]
+)
+def test_a_number_folds(scaled):
+    program, log = run(Scaled(torch.randn(6), lambda m, x: x[..., :1] + scaled(m, x)), torch.randn(3, 5, 4))
+    assert len(log.applications) == 1
+    assert program.count(aten.mul.Tensor) == program.count(aten.div.Tensor) == 0
+
+
 def test_a_weight_stored_transposed_stays_so():
     def forward(m, x):
         return x @ m.linear.weight * m.s
