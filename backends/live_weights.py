@@ -29,7 +29,7 @@ def compute_edits(graph: fx.Graph, weights: Weights) -> None:
 
 def _cast(graph: fx.Graph, weights: Weights, weight: Weight, known: dict[Expression, fx.Node]) -> fx.Node:
     node = _node(graph, weight.expression, known)
-    made = evaluate(weight.expression, lambda leaf: torch.empty_like(weights.leaves[leaf], device="meta")).dtype
+    made = evaluate(weight.expression, lambda leaf: torch.empty_like(weights.leaves[leaf], device="meta"), wide=False).dtype
     return node if made == weight.meta.dtype else graph.call_function(torch.ops.aten.to.dtype, (node, weight.meta.dtype))
 
 

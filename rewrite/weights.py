@@ -11,9 +11,10 @@ Two names of one storage are one weight. The leaves are the user's own tensors: 
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -37,43 +38,100 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Apply:
-    """``target(*args, **kwargs)`` where the tensors among the arguments are expressions."""
+    """``target(*args, **kwargs)`` where the tensors among the arguments are expressions.
+
+    Subexpressions may be shared: whatever walks an expression looks at each object once.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.target, self.args, self.kwargs)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         shown = [str(a) for a in self.args] + [f"{k}={v}" for k, v in self.kwargs]
         return f"{getattr(self.target, '__name__', self.target)}({', '.join(shown)})"
 
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """The expressions among the arguments, in order."""
+        found: list[Expression] = []
+        for x in (*self.args, *(v for _, v in self.kwargs)):
+            _map(x, lambda y: found.append(y) if isinstance(y, Leaf | Apply) else None)
+        return tuple(found)
+
 
 Expression = Leaf | Apply
 
 
-def evaluate(expression: Expression, leaf: Callable[[str], Tensor]) -> Tensor:
-    """The value of ``expression`` with the leaves that ``leaf`` gives."""
-    if isinstance(expression, Leaf):
-        return leaf(expression.name)
+def evaluate(expression: Expression, leaf: Callable[[str], Tensor], *, wide: bool = True) -> Tensor:
+    """The value of ``expression`` on the leaves that ``leaf`` gives.
+
+    Args:
+        wide: the leaves are float64, and what the expression casts to another float stays so.
+    """
+    values: dict[int, Any] = {}
 
     def value(x: Any) -> Any:
-        return evaluate(x, leaf) if isinstance(x, Leaf | Apply) else x
+        if isinstance(x, Leaf):
+            return leaf(x.name)
+        if isinstance(x, Apply):
+            return values[id(x)]
+        return torch.float64 if wide and isinstance(x, torch.dtype) and x.is_floating_point else x
 
-    args = _map(expression.args, value)
-    kwargs = {k: _map(v, value) for k, v in expression.kwargs}
-    result: Tensor = expression.target(*args, **kwargs)
+    for x in _inside_out(expression):
+        kwargs = {k: _map(v, value) for k, v in x.kwargs}
+        values[id(x)] = x.target(*_map(x.args, value), **kwargs)
+    result: Tensor = value(expression)
     return result
 
 
+def _inside_out(expression: Expression) -> list[Apply]:
+    """The calls of an expression, each once, operands first."""
+    order: dict[int, Apply] = {}
+
+    def visit(x: Expression) -> None:
+        if isinstance(x, Apply) and id(x) not in order:
+            for operand in x.operands:
+                visit(operand)
+            order[id(x)] = x
+
+    visit(expression)
+    return list(order.values())
+
+
 def leaves(expression: Expression) -> Iterator[str]:
-    """The names of the leaves that ``expression`` reads, in order, with repetitions."""
-    if isinstance(expression, Leaf):
-        yield expression.name
-        return
-    found: list[str] = []
-    for x in (*expression.args, *(v for _, v in expression.kwargs)):
-        _map(x, lambda y: found.extend(leaves(y)) if isinstance(y, Leaf | Apply) else None)
+    """The names of the leaves that ``expression`` reads, in order, each once."""
+    found: dict[str, None] = {}
+    seen: set[int] = set()
+
+    def visit(x: Expression) -> None:
+        if isinstance(x, Leaf):
+            found[x.name] = None
+        elif id(x) not in seen:
+            seen.add(id(x))
+            for operand in x.operands:
+                visit(operand)
+
+    visit(expression)
     yield from found
+
+
+def _digest(expression: Expression) -> str:
+    """Equal for equal expressions, in any process."""
+    digests: dict[int, str] = {}
+    shown = lambda x: digests[id(x)] if id(x) in digests else str(x)  # noqa: E731
+    for x in _inside_out(expression):
+        name = getattr(x.target, "__name__", x.target)
+        text = f"{name}({_map(x.args, shown)}, {[(k, _map(v, shown)) for k, v in x.kwargs]})"
+        digests[id(x)] = sha256(text.encode()).hexdigest()[:16]
+    return digests.get(id(expression)) or str(expression)
 
 
 def _map(x: Any, function: Callable[[Any], Any]) -> Any:
@@ -193,16 +251,20 @@ class Weights:
         """The tensor behind a name.
 
         Without ``dtype``, an untouched weight is the user's own tensor and an edited one is computed in float64 (in the
-        leaves' own dtype if edits are live) and cast once to its dtype. With ``dtype``, floating leaves are promoted to it.
+        leaves' own dtype if edits are live) and cast once to its dtype. With ``dtype``, a floating one is computed in float64.
         """
         weight = self.entries[name]
         if dtype is not None:
-            return evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), dtype))
+            return _promote(evaluate(weight.expression, self.leaf), dtype)
         if not weight.edited:
             return self.leaves[name]
-        wide = None if self.live else torch.float64
-        value = evaluate(weight.expression, lambda leaf: _promote(self.leaves[leaf].detach(), wide))
-        return value.to(weight.meta.dtype).contiguous()
+        if self.live:
+            return evaluate(weight.expression, lambda leaf: self.leaves[leaf].detach(), wide=False).to(weight.meta.dtype).contiguous()
+        return evaluate(weight.expression, self.leaf).to(weight.meta.dtype).contiguous()
+
+    def leaf(self, name: str) -> Tensor:
+        """A leaf, without its gradient, in float64 if it is floating."""
+        return _promote(self.leaves[name].detach(), torch.float64)
 
     # -- edits ------------------------------------------------------------------------------------------------
 
@@ -243,8 +305,8 @@ class Weights:
         """What every emitted weight is over the original's, as a short text: equal texts, equal edits."""
         if self.live:
             return {}
-        edited = {name: str(weight.expression) for name, weight in self.entries.items() if weight.edited and weight.persistent}
-        return {name: sha256(expression.encode()).hexdigest()[:16] for name, expression in edited.items()}
+        edited = {name: weight for name, weight in self.entries.items() if weight.edited and weight.persistent}
+        return {name: _digest(weight.expression) for name, weight in edited.items()}
 
     def from_original(self, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         """Map a state dict of the original model to one of the rewritten model, marked as such (see ``marked``)."""
@@ -291,17 +353,21 @@ def expression_of(node: Any, weights: Weights) -> Expression | None:
 
     Seen through pure functions of weights: ``t(W)``, the transposed weight of a Hugging Face Conv1D, is a weight.
     """
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or not _reads_weights_alone(node, weights):
         return None
-    if node.op == "get_attr" and not opaque(node):
-        return weights[str(node.target)].expression if node.target in weights else None
-    if not _reads_weights_alone(node, weights):
-        return None
-    operands = {operand: expression_of(operand, weights) for operand in node.all_input_nodes}
-    substitute = lambda x: operands[x] if isinstance(x, fx.Node) else x  # noqa: E731
-    args = tuple(_map(_plain(a), substitute) for a in node.args)
-    kwargs = tuple((k, _map(_plain(v), substitute)) for k, v in node.kwargs.items())
-    return Apply(node.target, args, kwargs)  # type: ignore[arg-type]
+    found: dict[fx.Node, Expression] = {}
+
+    def visit(x: fx.Node) -> Expression:
+        if x not in found:
+            found[x] = weights[str(x.target)].expression if x.op == "get_attr" else call(x)
+        return found[x]
+
+    def call(x: fx.Node) -> Apply:
+        substitute = lambda y: visit(y) if isinstance(y, fx.Node) else y  # noqa: E731
+        args = tuple(_map(_plain(a), substitute) for a in x.args)
+        return Apply(x.target, args, tuple((k, _map(_plain(v), substitute)) for k, v in x.kwargs.items()))  # type: ignore[arg-type]
+
+    return visit(node)
 
 
 def _reads_weights_alone(node: fx.Node, weights: Weights) -> bool:
@@ -311,7 +377,7 @@ def _reads_weights_alone(node: fx.Node, weights: Weights) -> bool:
         node = stack.pop()
         if node.op == "get_attr" and node.target in weights and not opaque(node):
             continue
-        if node.op != "call_function" or not node.all_input_nodes or not _pure(node.target):
+        if node.op != "call_function" or not node.all_input_nodes or opaque(node) or not _pure(node.target):
             return False
         fresh = [operand for operand in node.all_input_nodes if operand not in seen]
         seen.update(fresh)
@@ -326,7 +392,6 @@ def _plain(x: Any) -> Any:
 
 def _pure(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
-        return False
-    schema = target._schema
+        return target is operator.getitem  # one result of several
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return not schema.is_mutable and not random and len(schema.returns) == 1
+    return not target._schema.is_mutable and not random and bool(target._schema.returns)
