@@ -20,8 +20,8 @@ from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
-from .norm.fold_channel_scale import FoldChannelScale
-from .norm.fold_layer_scale import FoldLayerScale
+from .norm.fold_into_readers import FoldIntoReaders
+from .norm.fold_into_writer import FoldIntoWriter
 from .norm.fold_norm_shift import FoldNormShift
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
@@ -90,7 +90,7 @@ RAISE: tuple[type[Pass], ...] = (
     RaiseSilu,
     *ATTENTION,
 )
-NORM: tuple[type[Pass], ...] = (FoldLayerScale, FoldChannelScale, LayerNormToRmsNorm, FoldNormShift)
+NORM: tuple[type[Pass], ...] = (FoldIntoWriter, FoldIntoReaders, LayerNormToRmsNorm, FoldNormShift)
 CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from ._torch import erased, storage_key
 from .errors import require
 from .metadata import Derived, Metadata, value_of
-from .ops import OPS, Op, Ops, form_of, is_pure
+from .ops import CONVOLUTIONS, OPS, Op, Ops, form_of, is_pure
 from .program import Program, inherit
 from .shapes import product, static
 from .weights import Apply, Expression, Leaf, expression_of, leaves, opaque
@@ -35,8 +35,8 @@ class Editor:
         self.program = program
         self.metadata = Metadata(program.fake_mode)
         # A convolution asks about sizes to choose its kernel, which would be a guard: the capture has asked already.
-        for name in ("conv1d", "conv2d", "conv3d"):
-            for node in program.graph.find_nodes(op="call_function", target=OPS[name].target):
+        for target in CONVOLUTIONS:
+            for node in program.graph.find_nodes(op="call_function", target=target):
                 self.metadata.learn(node)
         self._constant: dict[fx.Node, bool] = {}
         self._expressions: dict[fx.Node, Expression | None] = {}
@@ -188,14 +188,16 @@ class GraphOps(Ops):
         expression = self.expression(x)
         return x if expression is None else Derived(expression, value_of(x))
 
-    def node(self, x: fx.Node | Derived, hint: str = "weight") -> fx.Node:
+    def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 
-        ``hint`` is the last part of its name; the rest is the path of its largest leaf (the whole name if it has none).
+        ``hint`` is the last part of its name (the whole name if it has no leaf); the rest is the path of its largest leaf, or
+        of that of the weight ``beside`` it.
         """
         if isinstance(x, fx.Node):
             return x
-        largest = _largest(x.expression, self.program)
+        neighbour = self.expression(beside)
+        largest = _largest(neighbour or x.expression, self.program)
         if largest is None:
             return self._enter(x, hint)
         if x.fake.ndim == 2 and _stored_transposed(x.expression, largest):

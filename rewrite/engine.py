@@ -114,9 +114,9 @@ class _Index:
 
 
 class _Engine:
-    def __init__(self, rules: Sequence[Equation], program: Program, context: Context) -> None:
+    def __init__(self, rules: Sequence[Equation], program: Program, context: Context, editor: Editor | None = None) -> None:
         self.program, self.context = program, context
-        self.editor = Editor(program)
+        self.editor = editor or Editor(program)
         self.index = _Index(rules)
         self.queue: list[fx.Node] = []
         self.queued: set[fx.Node] = set()
@@ -303,33 +303,32 @@ class _Engine:
 
 
 def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],
-               editor: Editor, context: Context) -> None:  # fmt: skip
-    """Let what ``emit`` makes stand for ``old``, which are siblings in order: an application of a pass that is no rule.
+               editor: Editor, context: Context, at: fx.Node | None = None) -> None:  # fmt: skip
+    """Let what ``emit`` makes stand for ``old``, one for one: an application of a pass that is no rule.
 
-    New nodes stand before the first of ``old``. The same transaction as of a rule: if anything speaks against it, nothing
-    has changed.
+    New nodes stand before the first of ``old``, unless ``emit`` moves the anchor. The same transaction as of a rule: if
+    anything speaks against it, nothing has changed. It is recorded at ``at``, by default the first of ``old``.
 
     Raises:
         Refused: a reader downstream could not run, a matrix would be stored twice, or the claim does not hold here.
     """
-    engine, before = _Engine((), editor.program, context), tuple(old)
-    engine.editor, op = editor, editor.before(before[0])
+    engine, before = _Engine((), editor.program, context, editor), tuple(old)
+    op = editor.before(before[0])
     try:
         after = tuple(emit(op))
         overlay = engine.compare(before, after)
         engine.refuse_second_copies(op, before)
-        error = (
-            hold(rewrite.claim, Region(before, before, {}), Region(tuple(op.created), after, {}), editor)
-            if context.check
-            else None
-        )
+        new = Region(tuple(op.created), after, {})
+        # Both sides start where the new one does.
+        error = hold(rewrite.claim, region_between(before, set(new.inputs), {}), new, editor) if context.check else None
     except ClaimBroken as broken:
         op.rollback()
         raise Refused(broken.what) from broken
     except Exception:
         op.rollback()
         raise
-    context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
+    others = ", ".join(place(node) for node in before if node is not (at or before[0]))
+    context.applied(rewrite, at or before[0], f"with {others}" if others else "", error)
     engine.commit(op, before, after, overlay)
 
 

@@ -67,8 +67,15 @@ class Metadata:
         return result
 
     def learn(self, node: fx.Node) -> None:
-        """Remember what the capture knows about a call."""
-        self.memo[id(node.target), self.key(fill(node.target, node.args, node.kwargs))] = node.meta.get("val")
+        """Remember what the capture knows about a convolution: its result is the same with a bias as without."""
+        x, weight, bias, *layout = fill(node.target, node.args, node.kwargs)
+        result, matrix = node.meta.get("val"), value_of(weight)
+        if not isinstance(result, Tensor) or not isinstance(matrix, Tensor):
+            return
+        with self.mode or contextlib.nullcontext():
+            vector = matrix.new_empty(result.shape[1 - matrix.ndim])
+        for known in (bias, None, vector):
+            self.memo[id(node.target), self.key((x, weight, known, *layout))] = result
 
     def key(self, x: Any) -> Hashable:
         """Everything an op can see of an operand."""

@@ -1,0 +1,59 @@
+"""Norms by stored statistics with every kind of gain, and a run that holds a fold to its claim."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from tautomer.rewrite.capture import capture
+from tautomer.rewrite.claims import ALGEBRAIC
+from tautomer.rewrite.pass_base import Context
+from tautomer.rewrite.verification import check_program
+
+
+class Body(nn.Module):
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.body = forward
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def _random(model):
+    """Statistics and gains at random: negative ones, and one zero gain per norm."""
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.2, 2.0)
+            if norm.affine:
+                nn.init.normal_(norm.weight)
+                nn.init.normal_(norm.bias)
+                nn.init.zeros_(norm.weight[-1:])
+    return model.eval()
+
+
+def _fold(rewrite, forward, x, mode="eval", **parts):
+    """The program after ``rewrite`` and its log; values and gradients agree, and a second run finds nothing."""
+    model = _random(Body(forward, **parts))
+    program = capture(model if mode == "eval" else model.train(), (x,), mode=mode)
+    original, context, again = program.copy(), Context(), Context()
+    rewrite.run(program, context)
+    program.graph.lint()
+    evidence = check_program(original, program, ALGEBRAIC)
+    assert evidence.forward <= 1e-12 and not evidence.notes
+    rewrite.run(program, again)
+    assert not again.log.applications
+    return program, context.log
+
+
+@pytest.fixture
+def fold():
+    return _fold
+
+
+@pytest.fixture
+def randomized():
+    return _random
