@@ -66,15 +66,11 @@ def diagonal_of(node: fx.Node, op: GraphOps) -> Diagonal | None:
 
 def _of_norm(node: fx.Node, op: GraphOps) -> Diagonal:
     x, g, b, mean, var, training, _, eps, _ = arguments(node).values()
-    at = place(node)
-    require(
-        not isinstance(training, fx.Node), f"the norm at {at} follows {training}: in training it uses the statistics of its batch"
-    )
-    require(training is False and mean is not None, f"the norm at {at} uses the statistics of its batch, not stored ones")
+    what = f"the norm at {place(node)}"
+    require(not isinstance(training, fx.Node), f"{what} follows {training}: in training it uses the statistics of its batch")
+    require(training is False and mean is not None, f"{what} uses the statistics of its batch, not stored ones")
     given = [w for w in (g, b, mean, var) if w is not None]
-    require(
-        all(map(op.constant, given)), f"a weight or a statistic of the norm at {at} is written or computed while the model runs"
-    )
+    require(all(map(op.constant, given)), f"a weight or a statistic of {what} is written or computed while the model runs")
     s = op.rsqrt(op.add(var, eps))
     s = s if g is None else op.mul(g, s)
     t = op.neg(op.mul(mean, s))
@@ -224,10 +220,11 @@ def into_readers(op: GraphOps, node: fx.Node, diagonal: Diagonal, readers: Seque
 
 
 _MOVES = frozenset({
-    aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.t.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.contiguous.default, aten.clone.default,
-    aten.slice.Tensor, aten.select.int, aten.mean.dim, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
+    aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.contiguous.default, aten.clone.default,
+    aten.slice.Tensor, aten.select.int, aten.mean.dim,
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
 })  # fmt: skip
 
 

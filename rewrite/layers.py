@@ -94,15 +94,16 @@ class Layer:
         axis, W, b = (0 if self.transposed else 1), self.bound["weight"], self.bias
         if t is not None:
             self._require_even()
-            # [a, b / groups, *kernel] without the kernel, summed over the input channels: one number per output.
-            shift = op.sum(op.flatten(op.unsqueeze(_times(op, W, t, axis, self.groups), -1), 2), [-1])
-            shift = (
-                op.reshape(op.sum(op.unflatten(shift, 0, [self.groups, -1]), [1]), [-1])
-                if self.transposed
-                else op.sum(shift, [1])
-            )
+            shift = self._summed(op, _times(op, W, t, axis, self.groups))
             b = shift if b is None else op.add(b, shift)
         return self._call(op, x, W if s is None else _times(op, W, s, axis, self.groups), b)
+
+    def _summed(self, op: GraphOps, W: Any) -> Any:
+        """A weight summed over its kernel and its input channels: one number per output."""
+        matrix = op.sum(op.flatten(op.unsqueeze(W, -1), 2), [-1])
+        if not self.transposed:
+            return op.sum(matrix, [1])
+        return op.reshape(op.sum(op.unflatten(matrix, 0, [self.groups, -1]), [1]), [-1])
 
     def _call(self, op: GraphOps, x: fx.Node, W: Any, b: Any) -> fx.Node:
         form, old = form_of(self.node.target), self.bound["weight"]

@@ -24,7 +24,7 @@ WRITERS = {
     "conv2d depthwise": (nn.Conv2d(4, 8, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(8), IMAGE),
     "conv3d": (nn.Conv3d(4, 6, 2, padding=1, groups=2), nn.BatchNorm3d(6), torch.randn(2, 4, 3, 5, 4)),
     "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, stride=2), nn.BatchNorm1d(6), torch.randn(2, 4, 5)),
-    "conv_transpose2d in groups": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), nn.BatchNorm2d(6), IMAGE),
+    "conv_transpose2d in groups": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), nn.BatchNorm2d(6), IMAGE),
     "conv_transpose3d": (nn.ConvTranspose3d(4, 6, 2, groups=2, bias=False), nn.BatchNorm3d(6), torch.randn(2, 4, 3, 3, 3)),
 }  # fmt: skip
 
@@ -158,7 +158,7 @@ def test_it_refuses_with_a_sentence(fold, name):
         **PARTS, "small": nn.BatchNorm2d(4), "c": nn.Conv2d(4, 4, 1), "pixels": nn.Parameter(torch.randn(6)),
         "plane": nn.Parameter(torch.randn(7, 6)), "batch": nn.BatchNorm2d(6, track_running_stats=False),
     }  # fmt: skip
-    program, log = fold(FoldIntoWriter(), forward, IMAGE, **parts)
+    _, log = fold(FoldIntoWriter(), forward, IMAGE, **parts)
     assert not log.applications
     assert sentence in log.refusals[0].reason
 
@@ -191,7 +191,7 @@ def test_statistics_that_the_model_writes_are_no_weights(fold):
 def test_shared_statistics_are_read_twice(fold):
     first, second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
     second.running_var, second.running_mean = first.running_var, first.running_mean
-    program, log = fold(
+    _, log = fold(
         FoldIntoWriter(), lambda m, x: m.n(m.a(x)) + m.o(m.b(x)).relu(), IMAGE, a=nn.Conv2d(4, 6, 1), b=nn.Conv2d(4, 6, 1),
         n=first, o=second,
     )  # fmt: skip
