@@ -18,6 +18,7 @@ from .attention.merge_parallel_linears import MergeParallelLinears
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
+from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
 from .norm.fold_into_readers import FoldIntoReaders
@@ -91,7 +92,14 @@ RAISE: tuple[type[Pass], ...] = (
     *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (FoldIntoWriter, FoldIntoReaders, LayerNormToRmsNorm, FoldNormShift)
-CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
+CLEANUP: tuple[type[Pass], ...] = (
+    FoldConstants,
+    FoldWeights,
+    MergeEqualExpressions,
+    DropDeadCode,
+    DropUnusedWeights,
+    NameWeights,
+)
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""

@@ -72,7 +72,7 @@ class Editor:
         if node.op == "get_attr":
             return node.target in self.program.weights and not opaque(node)
         operands = node.all_input_nodes
-        if node.op != "call_function" or not operands or not is_pure(node.target):
+        if node.op != "call_function" or not operands or not is_pure(node.target) or opaque(node):
             return False
         known = list(map(self._constant.get, operands))
         if False in known:

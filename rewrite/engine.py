@@ -303,11 +303,12 @@ class _Engine:
 
 
 def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],
-               editor: Editor, context: Context, at: fx.Node | None = None) -> None:  # fmt: skip
+               editor: Editor, context: Context, at: fx.Node | None = None, copies: bool = False) -> None:  # fmt: skip
     """Let what ``emit`` makes stand for ``old``, one for one: an application of a pass that is no rule.
 
     New nodes stand before the first of ``old``, unless ``emit`` moves the anchor. The same transaction as of a rule: if
-    anything speaks against it, nothing has changed. It is recorded at ``at``, by default the first of ``old``.
+    anything speaks against it, nothing has changed. It is recorded at ``at``, by default the first of ``old``. With ``copies``,
+    a matrix that has other readers may be stored once more.
 
     Raises:
         Refused: a reader downstream could not run, a matrix would be stored twice, or the claim does not hold here.
@@ -317,7 +318,8 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
     try:
         after = tuple(emit(op))
         overlay = engine.compare(before, after)
-        engine.refuse_second_copies(op, before)
+        if not copies:
+            engine.refuse_second_copies(op, before)
         new = Region(tuple(op.created), after, {})
         # Both sides start where the new one does.
         error = hold(rewrite.claim, region_between(before, set(new.inputs), {}), new, editor) if context.check else None
