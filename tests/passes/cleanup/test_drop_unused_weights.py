@@ -45,3 +45,11 @@ def test_a_tied_name_stays_while_its_storage_is_read(run):
     FoldIntoWriter().run(program, Context())
     run(program, DropUnusedWeights(), NameWeights())
     assert {"linear.weight", "other.weight"} <= set(program.weights)
+
+
+def test_the_counter_of_a_folded_norm_goes_with_it(run):
+    program = capture(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), (torch.randn(3, 4),))
+    assert "1.num_batches_tracked" in program.weights
+    FoldIntoWriter().run(program, Context())
+    run(program, DropUnusedWeights(), NameWeights())
+    assert list(program.weights) == ["0.weight", "0.bias"]
