@@ -258,9 +258,8 @@ class Weights:
             return _promote(evaluate(weight.expression, self.leaf), dtype)
         if not weight.edited:
             return self.leaves[name]
-        if self.live:
-            return evaluate(weight.expression, lambda leaf: self.leaves[leaf].detach(), wide=False).to(weight.meta.dtype).contiguous()
-        return evaluate(weight.expression, self.leaf).to(weight.meta.dtype).contiguous()
+        leaf = (lambda leaf: self.leaves[leaf].detach()) if self.live else self.leaf
+        return evaluate(weight.expression, leaf, wide=not self.live).to(weight.meta.dtype).contiguous()
 
     def leaf(self, name: str) -> Tensor:
         """A leaf, without its gradient, in float64 if it is floating."""
