@@ -1,6 +1,8 @@
-"""Norms by stored statistics with every kind of gain, and a run that holds a fold to its claim."""
+"""A run that holds a fold to its claim."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 from torch import nn
@@ -22,22 +24,9 @@ class Body(nn.Module):
         return self.body(self, x)
 
 
-def _random(model):
-    """Statistics and gains at random: negative ones, and one zero gain per norm."""
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.2, 2.0)
-            if norm.affine:
-                nn.init.normal_(norm.weight)
-                nn.init.normal_(norm.bias)
-                nn.init.zeros_(norm.weight[-1:])
-    return model.eval()
-
-
-def _fold(rewrite, forward, x, mode="eval", **parts):
+def _fold(randomized, rewrite, forward, x, mode="eval", **parts):
     """The program after ``rewrite`` and its log; values and gradients agree, and a second run finds nothing."""
-    model = _random(Body(forward, **parts))
+    model = randomized(Body(forward, **parts))
     program = capture(model if mode == "eval" else model.train(), (x,), mode=mode)
     original, context, again = program.copy(), Context(), Context()
     rewrite.run(program, context)
@@ -50,10 +39,5 @@ def _fold(rewrite, forward, x, mode="eval", **parts):
 
 
 @pytest.fixture
-def fold():
-    return _fold
-
-
-@pytest.fixture
-def randomized():
-    return _random
+def fold(randomized):
+    return partial(_fold, randomized)
