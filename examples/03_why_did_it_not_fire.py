@@ -45,7 +45,7 @@ def main() -> None:
     program = tautomer.capture(Block().eval(), (torch.randn(2, 5, 16),))
 
     print("1. explain: how near did a rule come?\n")
-    for rule, at in (("raise-rms-norm", "norm"), ("raise-tanh-gelu", "gelu"), ("fold-layer-scale", None)):
+    for rule, at in (("raise-rms-norm", "norm"), ("raise-tanh-gelu", "gelu"), ("fold-into-writer", None)):
         print(tautomer.explain(program, rule, at=at), end="\n\n")
 
     print("2. The report of optimize has every refusal, with the line of the model:\n")
@@ -62,7 +62,7 @@ def main() -> None:
 
     print("\n4. And if something fired that should not have: bisect by a metric of your own.\n")
     metric = lambda module: "aten.gelu" not in module.report.after.ops  # noqa: E731
-    culprit = tautomer.bisect(program, (), None, metric, passes=["fold-layer-scale", "raise-rounded-gelu", "drop-dead-code"])
+    culprit = tautomer.bisect(program, (), None, metric, passes=["fold-into-writer", "raise-rounded-gelu", "drop-dead-code"])
     print(f"  {culprit.id if culprit else 'nothing'}")
 
 

@@ -18,10 +18,11 @@ from .attention.merge_parallel_linears import MergeParallelLinears
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
+from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
-from .norm.fold_channel_scale import FoldChannelScale
-from .norm.fold_layer_scale import FoldLayerScale
+from .norm.fold_into_readers import FoldIntoReaders
+from .norm.fold_into_writer import FoldIntoWriter
 from .norm.fold_norm_gain import FoldNormGain
 from .norm.fold_norm_scale import FoldNormScale
 from .norm.fold_norm_shift import FoldNormShift
@@ -98,8 +99,8 @@ RAISE: tuple[type[Pass], ...] = (
     *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (
-    FoldLayerScale,
-    FoldChannelScale,
+    FoldIntoWriter,
+    FoldIntoReaders,
     FoldNormScale,
     FoldResidualScale,
     LayerNormToRmsNorm,
@@ -107,7 +108,14 @@ NORM: tuple[type[Pass], ...] = (
 )
 CHOOSE: tuple[type[Pass], ...] = (FuseAddLayerNorm, FuseAddRmsNorm)
 """Forms that a target must ask for: none of them pays by itself."""
-CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDeadCode, DropUnusedWeights, NameWeights)
+CLEANUP: tuple[type[Pass], ...] = (
+    FoldConstants,
+    FoldWeights,
+    MergeEqualExpressions,
+    DropDeadCode,
+    DropUnusedWeights,
+    NameWeights,
+)
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CHOOSE, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""

@@ -59,6 +59,8 @@ Facts for rewrites of a whole program:
 
     axes.py         An axis of a tensor, followed through the ops that carry it
     readers.py      Who reads the features of a value, behind what only moves them
+    layers.py       Linear layers and convolutions, with a diagonal map on either side
+    diagonal.py     A factor and a shift per channel, and the way to the layers around them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut

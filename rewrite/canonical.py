@@ -237,6 +237,12 @@ def spell_view(node: fx.Node, edit: Editor) -> fx.Node | None:
     return edit.call(aten.reshape.default, node.args[0], node.args[1])
 
 
+def spell_shape(node: fx.Node, edit: Editor) -> fx.Node | None:
+    """reshape_as(x, y) = reshape(x, s) where y has the shape s for every input: then y is not read"""
+    sizes = [static(size) for size in _shape(node)]
+    return None if None in sizes else edit.call(aten.reshape.default, node.args[0], sizes)
+
+
 def spell_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
     """to(x, dtype=d, device of x, layout of x) = to(x, d);  type_as(x, y) = to(x, dtype of y)"""
     x, given = _node(node.args[0]), arguments(node)
@@ -327,6 +333,8 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (drop_slice,),
     "view": (spell_view,),
     "_unsafe_view": (spell_view,),
+    "view_as": (spell_shape,),
+    "reshape_as": (spell_shape,),
     "reshape": (drop_reshape, lift_reshape, merge_reshapes),
     "expand": (drop_reshape,),
     "repeat": (drop_reshape,),

@@ -18,8 +18,8 @@ from torch.fx.node import map_aggregate
 
 from ._torch import erased, storage_key
 from .errors import require
-from .metadata import CONVOLUTIONS, Derived, Metadata, value_of
-from .ops import OPS, Op, Ops, form_of, is_pure
+from .metadata import Derived, Metadata, value_of
+from .ops import CONVOLUTIONS, OPS, Op, Ops, form_of, is_pure
 from .program import Program, inherit
 from .shapes import product, static
 from .weights import Apply, Expression, Leaf, expression_of, leaves, opaque
@@ -71,7 +71,7 @@ class Editor:
         if node.op == "get_attr":
             return node.target in self.program.weights and not opaque(node)
         operands = node.all_input_nodes
-        if node.op != "call_function" or not operands or not is_pure(node.target):
+        if node.op != "call_function" or not operands or not is_pure(node.target) or opaque(node):
             return False
         known = list(map(self._constant.get, operands))
         if False in known:
@@ -187,14 +187,16 @@ class GraphOps(Ops):
         expression = self.expression(x)
         return x if expression is None else Derived(expression, value_of(x))
 
-    def node(self, x: fx.Node | Derived, hint: str = "weight") -> fx.Node:
+    def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 
-        ``hint`` is the last part of its name; the rest is the path of its largest leaf (the whole name if it has none).
+        ``hint`` is the last part of its name (the whole name if it has no leaf); the rest is the path of its largest leaf, or
+        of that of the weight ``beside`` it.
         """
         if isinstance(x, fx.Node):
             return x
-        largest = _largest(x.expression, self.program)
+        neighbour = self.expression(beside)
+        largest = _largest(neighbour or x.expression, self.program)
         if largest is None:
             return self._enter(x, hint)
         if x.fake.ndim == 2 and _stored_transposed(x.expression, largest):

@@ -114,9 +114,9 @@ class _Index:
 
 
 class _Engine:
-    def __init__(self, rules: Sequence[Equation], program: Program, context: Context) -> None:
+    def __init__(self, rules: Sequence[Equation], program: Program, context: Context, editor: Editor | None = None) -> None:
         self.program, self.context = program, context
-        self.editor = Editor(program)
+        self.editor = editor or Editor(program)
         self.index = _Index(rules)
         self.queue: list[fx.Node] = []
         self.queued: set[fx.Node] = set()
@@ -305,37 +305,34 @@ class _Engine:
 
 
 def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],
-               editor: Editor, context: Context, interior: Sequence[fx.Node] = ()) -> None:  # fmt: skip
-    """Let what ``emit`` makes stand for ``old``, which are siblings in order: an application of a pass that is no rule.
+               editor: Editor, context: Context, at: fx.Node | None = None, copies: bool = False) -> None:  # fmt: skip
+    """Let what ``emit`` makes stand for ``old``, one for one: an application of a pass that is no rule.
 
-    New nodes stand before the first of ``old``, or where ``emit`` moves its anchor to. The same transaction as of a rule: if
-    anything speaks against it, nothing has changed.
-
-    Args:
-        interior: the nodes, in order, that ``old`` reads and that ``emit`` makes anew as well.
+    New nodes stand before the first of ``old``, unless ``emit`` moves the anchor. The same transaction as of a rule: if
+    anything speaks against it, nothing has changed. It is recorded at ``at``, by default the first of ``old``. With ``copies``,
+    a matrix that has other readers may be stored once more.
 
     Raises:
         Refused: a reader downstream could not run, a matrix would be stored twice, or the claim does not hold here.
     """
-    engine, before = _Engine((), editor.program, context), tuple(old)
-    engine.editor, op, nodes = editor, editor.before(before[0]), (*interior, *before)
+    engine, before = _Engine((), editor.program, context, editor), tuple(old)
+    op = editor.before(before[0])
     try:
         after = tuple(emit(op))
         overlay = engine.compare(before, after)
-        engine.refuse_second_copies(op, before)
-        error = (
-            hold(rewrite.claim, Region(nodes, before, {}), Region(tuple(op.created), after, {}), editor)
-            if context.check
-            else None
-        )
+        if not copies:
+            engine.refuse_second_copies(op, before)
+        new = Region(tuple(op.created), after, {})
+        # Both sides start where the new one does.
+        error = hold(rewrite.claim, region_between(before, set(new.inputs), {}), new, editor) if context.check else None
     except ClaimBroken as broken:
         op.rollback()
         raise Refused(broken.what) from broken
     except Exception:
         op.rollback()
         raise
-    others = [node for node in before if node is not nodes[0]]
-    context.applied(rewrite, nodes[0], f"with {', '.join(map(place, others))}", error)
+    others = ", ".join(place(node) for node in before if node is not (at or before[0]))
+    context.applied(rewrite, at or before[0], f"with {others}" if others else "", error)
     engine.commit(op, before, after, overlay)
 
 

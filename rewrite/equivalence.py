@@ -188,8 +188,7 @@ def _shared(reference: Program, candidate: Program, name: str, leaves: Mapping[s
     """A weight of the candidate as a function of the reference's leaves, if it is one."""
     weight = candidate.weights[name]
     if weight.edited:
-        known = lambda leaf: leaves[leaf] if leaf in leaves else candidate.weights.leaves[leaf].to(torch.float64)  # noqa: E731
-        return evaluate(weight.expression, known)
+        return evaluate(weight.expression, lambda leaf: leaves[leaf] if leaf in leaves else candidate.weights.leaf(leaf))
     twin = _twin(reference, candidate, name)
     return leaves.get(twin) if twin is not None else None
 

@@ -9,7 +9,8 @@ on a state dict of the original, on leaves that require gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -28,15 +29,33 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Apply:
-    """``target(*args, **kwargs)`` where the tensors among the arguments are expressions."""
+    """``target(*args, **kwargs)`` where the tensors among the arguments are expressions.
+
+    Subexpressions may be shared: whatever walks an expression looks at each object once.
+    """
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.target, self.args, self.kwargs)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         shown = [str(a) for a in self.args] + [f"{k}={v}" for k, v in self.kwargs]
         return f"{getattr(self.target, '__name__', self.target)}({', '.join(shown)})"
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """The expressions among the arguments, in order."""
+        found: list[Expression] = []
+        for x in (*self.args, *(v for _, v in self.kwargs)):
+            map_leaves(x, lambda y: found.append(y) if isinstance(y, Leaf | Apply) else None)
+        return tuple(found)
 
 
 Expression = Leaf | Apply
@@ -50,29 +69,62 @@ def evaluate(expression: Expression, leaf: Callable[[str], Tensor], dtype: torch
 
     A cast to another floating type is one to ``dtype``: an edit is rounded once, at its end.
     """
-    if isinstance(expression, Leaf):
-        return leaf(expression.name)
+    values: dict[int, Any] = {}
 
     def value(x: Any) -> Any:
-        if isinstance(x, Apply | Leaf):
-            return evaluate(x, leaf, dtype)
+        if isinstance(x, Leaf):
+            return leaf(x.name)
+        if isinstance(x, Apply):
+            return values[id(x)]
         return dtype if dtype is not None and isinstance(x, torch.dtype) and x in FLOATS else x
 
-    args = map_leaves(expression.args, value)
-    kwargs = {k: map_leaves(v, value) for k, v in expression.kwargs}
-    result: Tensor = expression.target(*args, **kwargs)
+    for x in inside_out(expression):
+        kwargs = {k: map_leaves(v, value) for k, v in x.kwargs}
+        values[id(x)] = x.target(*map_leaves(x.args, value), **kwargs)
+    result: Tensor = value(expression)
     return result
 
 
+def inside_out(expression: Expression) -> list[Apply]:
+    """The calls of an expression, each once, operands first."""
+    order: dict[int, Apply] = {}
+
+    def visit(x: Expression) -> None:
+        if isinstance(x, Apply) and id(x) not in order:
+            for operand in x.operands:
+                visit(operand)
+            order[id(x)] = x
+
+    visit(expression)
+    return list(order.values())
+
+
 def leaves(expression: Expression) -> Iterator[str]:
-    """The names of the leaves that ``expression`` reads, in order, with repetitions."""
-    if isinstance(expression, Leaf):
-        yield expression.name
-        return
-    found: list[str] = []
-    for x in (*expression.args, *(v for _, v in expression.kwargs)):
-        map_leaves(x, lambda y: found.extend(leaves(y)) if isinstance(y, Leaf | Apply) else None)
+    """The names of the leaves that ``expression`` reads, in order, each once."""
+    found: dict[str, None] = {}
+    seen: set[int] = set()
+
+    def visit(x: Expression) -> None:
+        if isinstance(x, Leaf):
+            found[x.name] = None
+        elif id(x) not in seen:
+            seen.add(id(x))
+            for operand in x.operands:
+                visit(operand)
+
+    visit(expression)
     yield from found
+
+
+def digest(expression: Expression) -> str:
+    """A short text, equal for equal expressions, in any process."""
+    digests: dict[int, str] = {}
+    shown = lambda x: digests[id(x)] if id(x) in digests else str(x)  # noqa: E731
+    for x in inside_out(expression):
+        name = getattr(x.target, "__name__", x.target)
+        text = f"{name}({map_leaves(x.args, shown)}, {[(k, map_leaves(v, shown)) for k, v in x.kwargs]})"
+        digests[id(x)] = sha256(text.encode()).hexdigest()[:16]
+    return digests.get(id(expression)) or str(expression)
 
 
 def map_leaves(x: Any, function: Callable[[Any], Any]) -> Any:

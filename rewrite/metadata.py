@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ._torch import FakeTensorMode, quiet_fakes
 from .errors import Refused
-from .ops import fill
+from .ops import CONVOLUTIONS, fill
 from .program import target_name
 from .shapes import key, same_shape, show, tensor_key
 from .weights import Expression
@@ -38,14 +38,6 @@ class Derived:
 
 
 _UNKNOWN = object()
-
-aten = torch.ops.aten
-CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-)
-"""They ask about sizes to choose their kernel, which would be a guard. The capture has asked already."""
 
 
 class Metadata:

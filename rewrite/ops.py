@@ -112,6 +112,18 @@ TABLE = (
     Op("add_rms_norm", tautomer.add_rms_norm.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+"""Called as (x, W, b, …). They ask about sizes to choose their kernel, which would be a guard: the capture has asked already."""
 BY_TARGET = {id(entry.target): entry for entry in TABLE}
 
 

@@ -92,7 +92,8 @@ def _describe(x: Any, number: dict[Any, int], editor: Editor) -> Hashable:
 
 def _shape_of(x: Any, number: dict[Any, int], editor: Editor) -> Hashable:
     if isinstance(x, Leaf):
-        return ("leaf", number.setdefault(x, len(number)), editor.metadata.key(editor.program.weights.leaves[x.name]))
+        tensor = editor.program.weights.leaves[x.name]
+        return ("leaf", number.setdefault(x, len(number)), editor.metadata.key(tensor), tensor.requires_grad)
     if isinstance(x, Apply):
         return (id(x.target), *(_shape_of(y, number, editor) for y in (*x.args, *x.kwargs)))
     return tuple(_shape_of(y, number, editor) for y in x) if isinstance(x, tuple) else x
@@ -179,8 +180,10 @@ def _draw_all(inputs: Sequence[fx.Node], sizes: tuple[int, ...], editor: Editor)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
+    """A float64 leaf; one that does not train (a statistic) takes part in no gradient."""
+    trains = tensor.requires_grad
     tensor = torch.randn(tensor.shape) if tensor.is_meta else tensor.detach()
-    return tensor.to("cpu", torch.float64).clone().requires_grad_() if tensor.is_floating_point() else tensor.cpu()
+    return tensor.to("cpu", torch.float64).clone().requires_grad_(trains) if tensor.is_floating_point() else tensor.cpu()
 
 
 def _value(node: fx.Node, expression: Expression | None, leaf: Mapping[str, Tensor], bindings: dict[Any, int],

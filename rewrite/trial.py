@@ -54,7 +54,7 @@ def try_rule(rule: Rule) -> Trial:
         ClaimBroken: it has no samples, a spelling does not fire, the sides disagree, it fires twice, or a near miss
             fires and changes the result.
 
-    Example: ``assert try_rule(FoldLayerScale()).spellings``
+    Example: ``assert try_rule(FoldNormShift()).spellings``
     """
     spelled = near = refused = 0
     worst = 0.0

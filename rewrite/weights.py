@@ -10,10 +10,10 @@ Two names of one storage are one weight. The leaves are the user's own tensors: 
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ._torch import storage_key
 from .errors import UsageError
 from .evidence import ROUNDING, relative_error
-from .expressions import Apply, Expression, Leaf, evaluate, leaves, map_leaves, promote
+from .expressions import Apply, Expression, Leaf, digest, evaluate, leaves, map_leaves, promote
 from .inverse import origin
 
 __all__ = ["Apply", "Expression", "Kind", "Leaf", "Weight", "Weights", "evaluate", "expression_of", "leaves", "marked", "opaque"]
@@ -141,16 +141,22 @@ class Weights:
         """The tensor behind a name.
 
         Without ``dtype``, an untouched weight is the user's own tensor and an edited one is computed in float64 (in the
-        leaves' own dtype if edits are live) and cast once to its dtype. With ``dtype``, floating leaves are promoted to it.
+        leaves' own dtype if edits are live) and cast once to its dtype. With ``dtype``, a floating one is computed in float64.
         """
         weight = self.entries[name]
         if dtype is not None:
-            return evaluate(weight.expression, lambda leaf: promote(self.leaves[leaf].detach(), dtype), dtype)
+            return promote(evaluate(weight.expression, self.leaf), dtype)
         if not weight.edited:
             return self.leaves[name]
-        wide = None if self.live else torch.float64
-        value = evaluate(weight.expression, lambda leaf: promote(self.leaves[leaf].detach(), wide), wide)
+        if self.live:
+            value = evaluate(weight.expression, lambda leaf: self.leaves[leaf].detach(), None)
+        else:
+            value = evaluate(weight.expression, self.leaf)
         return value.to(weight.meta.dtype).contiguous()
+
+    def leaf(self, name: str) -> Tensor:
+        """A leaf, without its gradient, in float64 if it is floating."""
+        return promote(self.leaves[name].detach(), torch.float64)
 
     # -- edits ------------------------------------------------------------------------------------------------
 
@@ -191,8 +197,8 @@ class Weights:
         """What every emitted weight is over the original's, as a short text: equal texts, equal edits."""
         if self.live:
             return {}
-        edited = {name: str(weight.expression) for name, weight in self.entries.items() if weight.edited and weight.persistent}
-        return {name: sha256(expression.encode()).hexdigest()[:16] for name, expression in edited.items()}
+        edited = {name: weight for name, weight in self.entries.items() if weight.edited and weight.persistent}
+        return {name: digest(weight.expression) for name, weight in edited.items()}
 
     def from_original(self, state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         """Map a state dict of the original model to one of the rewritten model, marked as such (see ``marked``)."""
@@ -277,17 +283,21 @@ def expression_of(node: Any, weights: Weights) -> Expression | None:
 
     Seen through pure functions of weights: ``t(W)``, the transposed weight of a Hugging Face Conv1D, is a weight.
     """
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or not _reads_weights_alone(node, weights):
         return None
-    if node.op == "get_attr" and not opaque(node):
-        return weights[str(node.target)].expression if node.target in weights else None
-    if not _reads_weights_alone(node, weights):
-        return None
-    operands = {operand: expression_of(operand, weights) for operand in node.all_input_nodes}
-    substitute = lambda x: operands[x] if isinstance(x, fx.Node) else x  # noqa: E731
-    args = tuple(map_leaves(_plain(a), substitute) for a in node.args)
-    kwargs = tuple((k, map_leaves(_plain(v), substitute)) for k, v in node.kwargs.items())
-    return Apply(node.target, args, kwargs)  # type: ignore[arg-type]
+    found: dict[fx.Node, Expression] = {}
+
+    def visit(x: fx.Node) -> Expression:
+        if x not in found:
+            found[x] = weights[str(x.target)].expression if x.op == "get_attr" else call(x)
+        return found[x]
+
+    def call(x: fx.Node) -> Apply:
+        substitute = lambda y: visit(y) if isinstance(y, fx.Node) else y  # noqa: E731
+        args = tuple(map_leaves(_plain(a), substitute) for a in x.args)
+        return Apply(x.target, args, tuple((k, map_leaves(_plain(v), substitute)) for k, v in x.kwargs.items()))  # type: ignore[arg-type]
+
+    return visit(node)
 
 
 def _reads_weights_alone(node: fx.Node, weights: Weights) -> bool:
@@ -297,7 +307,7 @@ def _reads_weights_alone(node: fx.Node, weights: Weights) -> bool:
         node = stack.pop()
         if node.op == "get_attr" and node.target in weights and not opaque(node):
             continue
-        if node.op != "call_function" or not node.all_input_nodes or not _pure(node.target):
+        if node.op != "call_function" or not node.all_input_nodes or opaque(node) or not _pure(node.target):
             return False
         fresh = [operand for operand in node.all_input_nodes if operand not in seen]
         seen.update(fresh)
@@ -312,7 +322,6 @@ def _plain(x: Any) -> Any:
 
 def _pure(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
-        return False
-    schema = target._schema
+        return target is operator.getitem  # one result of several
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return not schema.is_mutable and not random and len(schema.returns) == 1
+    return not target._schema.is_mutable and not random and bool(target._schema.returns)

@@ -3,7 +3,8 @@
     W' = W diag(g)     W and g are read no more, under any name of their storage: they leave the table
 
 A weight that no rewrite consumed stays even if nothing reads it: the user's state dict has it. An edited weight that
-a later edit replaced goes too.
+a later edit replaced goes too, and so does an unread buffer that is the last thing left of its module: the counter of a
+folded BatchNorm.
 """
 
 from __future__ import annotations
@@ -34,10 +35,19 @@ class DropUnusedWeights(Pass):
         storages, consumed = {weights.storage(name) for name in read}, _consumed(weights)
         unread = [name for name in weights if name not in read and weights.storage(name) not in storages]
         gone = [name for name in unread if weights[name].edited or storage_key(weights.leaves[name]) in consumed]
+        gone += [name for name in unread if weights[name].kind == "buffer" and _is_left_alone(name, gone, weights)]
         if gone:
             context.applied(self, program.output, f"part of other weights now: {', '.join(gone)}")
         for name in gone:
             weights.drop(name)
+
+
+def _is_left_alone(name: str, gone: list[str], weights: Weights) -> bool:
+    """Whether ``name`` stays, and everything else in its module has gone."""
+    module = name.rpartition(".")[0]
+    others = [leaf for leaf in weights.leaves if leaf != name and leaf.rpartition(".")[0] == module]
+    stays = any(other in weights and other not in gone for other in others)
+    return name not in gone and not stays and any(other in gone for other in others)
 
 
 def _consumed(weights: Weights) -> set[int]:

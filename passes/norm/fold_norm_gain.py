@@ -60,7 +60,7 @@ class FoldNormGain(Pass):
                 found = foldable(program, norm)
                 old = [reader.node for reader in found.contractions]
                 emit = partial(folded, norm=norm, found=found)
-                substitute(self, old, emit, editor, context, interior=(norm, *found.moves))
+                substitute(self, old, emit, editor, context, at=norm)
             except Refused as refusal:
                 context.refused(self, norm, str(refusal))
 

@@ -16,7 +16,7 @@ X = torch.randn(3, 8)
 
 
 class Stack(nn.Module):
-    """Eight layers with a scale each: eight applications of ``fold-layer-scale``."""
+    """Eight layers with a scale each: eight applications of ``fold-into-writer``."""
 
     def __init__(self):
         super().__init__()
@@ -59,11 +59,11 @@ def agrees(model):
 def test_the_culprit_is_found(place):
     model = Stack().eval()
     metric, calls = agrees(model)
-    culprit = tautomer.bisect(model, (X,), None, metric, passes=["fold-layer-scale", BreakOneTanh(place), "drop-dead-code"])
+    culprit = tautomer.bisect(model, (X,), None, metric, passes=["fold-into-writer", BreakOneTanh(place), "drop-dead-code"])
     assert culprit.rewrite == "break-one-tanh"
     assert culprit.id == "break-one-tanh@" + ("tanh" if place == 0 else f"tanh_{place}")
     assert len(calls) <= 6  # all, none, and four halvings of sixteen
-    skipped = tautomer.optimize(model, (X,), passes=["fold-layer-scale", BreakOneTanh(place)], skip=[culprit.id], check=False)
+    skipped = tautomer.optimize(model, (X,), passes=["fold-into-writer", BreakOneTanh(place)], skip=[culprit.id], check=False)
     assert metric(skipped)
 
 
@@ -91,7 +91,7 @@ def test_a_log_is_replayed_on_a_fresh_copy():
 
 def test_a_shortened_log_makes_less():
     model = Stack().eval()
-    log = tautomer.optimize(model, (X,), passes=["fold-layer-scale"]).report.log
+    log = tautomer.optimize(model, (X,), passes=["fold-into-writer"]).report.log
     assert len(log.applications) == 8
     del log.applications[::2]
     again = tautomer.replay(log, model, (X,))
@@ -102,8 +102,8 @@ def test_a_shortened_log_makes_less():
 
 
 def test_a_log_of_another_model_says_what_is_missing():
-    log = tautomer.optimize(Stack().eval(), (X,), passes=["fold-layer-scale"]).report.log
-    with pytest.raises(UsageError, match=r"could be made again: fold-layer-scale@mul_7, "):
+    log = tautomer.optimize(Stack().eval(), (X,), passes=["fold-into-writer"]).report.log
+    with pytest.raises(UsageError, match=r"could be made again: fold-into-writer@mul, "):
         tautomer.replay(log, nn.Linear(8, 8).eval(), (X,))
 
 

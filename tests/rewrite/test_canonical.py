@@ -153,3 +153,11 @@ def test_a_softmax_in_its_own_dtype_is_a_softmax():
     assert "aten.softmax(x, -1)" in str(program)
     program = capture(Runs(lambda m, x: x.softmax(-1, dtype=torch.float64)), (torch.randn(2, 3, 4),))
     assert "aten.softmax(x, -1, torch.float64)" in str(program)
+
+
+def test_a_view_as_a_weight_does_not_read_it():
+    assert (
+        calls(lambda m, x: (m.w * 2).flatten().view_as(m.w) + x.mean() + (m.w * 3).flatten().reshape_as(m.w)).count("reshape")
+        == 2
+    )
+    assert calls(lambda m, x: x.flatten().view_as(x.relu())) == ["flatten", "relu", "view_as"], "a free size stays"

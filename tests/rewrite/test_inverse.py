@@ -166,8 +166,8 @@ def trained(module: nn.Module, steps: int = 5) -> nn.Module:
 
 def test_a_model_trained_after_the_folds_goes_back_to_its_own_class() -> None:
     model = PreNorm().double().eval()
-    fast = tautomer.optimize(model, (IDS,), passes=["fold-layer-scale", "fold-norm-scale", "fold-residual-scale", *CLEANUP])
-    assert fast.report.fired("fold-layer-scale") and fast.report.fired("fold-norm-scale")
+    fast = tautomer.optimize(model, (IDS,), passes=["fold-into-writer", "fold-norm-scale", "fold-residual-scale", *CLEANUP])
+    assert fast.report.fired("fold-into-writer") and fast.report.fired("fold-norm-scale")
     trained(fast)
     twin = PreNorm().double().eval()
     twin.load_state_dict(fast.weights.to_original(fast.state_dict()))
@@ -234,7 +234,7 @@ def test_a_centred_matrix_is_its_own_origin_until_training_moves_its_mean() -> N
 
 
 def test_a_weight_that_is_missing_is_named() -> None:
-    fast = tautomer.optimize(PreNorm().eval(), (IDS,), passes=["fold-layer-scale", *CLEANUP])
+    fast = tautomer.optimize(PreNorm().eval(), (IDS,), passes=["fold-into-writer", *CLEANUP])
     with pytest.raises(UsageError, match=r"the state dict has no 'up.0.weight'"):
         fast.weights.to_original({name: value for name, value in fast.state_dict().items() if name != "up.0.weight"})
 

@@ -1,0 +1,111 @@
+"""Convolutional models as people write them: every BatchNorm that can go is gone, in the report, the state dict and ONNX."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tautomer
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+def conv_norm(a, b, k=3, **options):
+    return nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False, **options), nn.BatchNorm2d(b))
+
+
+class ResNet(nn.Module):
+    """Two basic blocks, the second with a projected shortcut: 6 norms, all after convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = conv_norm(3, 8), nn.Linear(16, 5)
+        self.a, self.b, self.c, self.d = conv_norm(8, 8), conv_norm(8, 8), conv_norm(8, 16, stride=2), conv_norm(16, 16)
+        self.shortcut = conv_norm(8, 16, 1, stride=2)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (x + self.b(self.a(x).relu())).relu()
+        x = (self.shortcut(x) + self.d(self.c(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class EfficientNet(nn.Module):
+    """An inverted residual with squeeze and excitation, after a norm of the image: 4 norms, all of which can go."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.patch = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 2, stride=2)
+        self.expand, self.depth, self.project = conv_norm(8, 16, 1), conv_norm(16, 16, groups=16), conv_norm(16, 8, 1)
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+
+    def forward(self, x):
+        x = self.patch(self.image(x))
+        y = F.silu(self.depth(F.silu(self.expand(x))))
+        gate = self.excite(F.silu(self.squeeze(F.adaptive_avg_pool2d(y, 1))))
+        return x + self.project(y * gate.sigmoid())
+
+
+class DenseNet(nn.Module):
+    """Norm, activation, convolution, and a concatenation that two norms read: only the norm after a convolution goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.n1, self.c1, self.n2, self.c2 = (
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 4, 3, padding=1),
+        )
+        self.last, self.head = nn.BatchNorm2d(12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.c2(self.n2(self.c1(self.n1(x).relu())).relu())
+        return self.head(self.last(torch.cat([x, y], 1)).relu().mean((2, 3)))
+
+
+class NormFree(nn.Module):
+    """Standardised weights and scaled activations, as in NFNets: one convolution each is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain, self.next = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.randn(8, 1, 1, 1)), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        var, mean = torch.var_mean(self.conv.weight, (1, 2, 3), keepdim=True)
+        W = (self.conv.weight - mean) * torch.rsqrt(var * 27 + 1e-4) * self.gain
+        y = F.conv2d(x, W, self.conv.bias, padding=1)
+        return self.next(F.relu(y) * 1.7139588594 * 0.9) * 0.2
+
+
+@pytest.mark.parametrize(("model", "left"), [(ResNet, 0), (EfficientNet, 0), (DenseNet, 2)])
+def test_batch_norms_go(randomized, model, left):
+    model = randomized(model())
+    fast = tautomer.optimize(model, (IMAGE,))
+    assert fast.report.after.ops.get("aten.batch_norm", 0) == left
+    assert sum("num_batches_tracked" in key for key in fast.state_dict()) == left
+    assert fast.report.evidence.forward <= 1e-12 and fast.report.evidence.gradients
+    tautomer.verify(model, fast, (IMAGE,))
+
+
+def test_norm_free_scales_go(randomized):
+    fast = tautomer.optimize(NormFree().eval(), (IMAGE,))
+    assert set(fast.report.after.ops) == {"aten.conv2d", "aten.relu"}
+
+
+def test_the_state_dict_of_another_checkpoint_is_mapped(randomized):
+    first, second = randomized(ResNet()), randomized(ResNet())
+    fast = tautomer.optimize(first, (IMAGE,))
+    fast.load_state_dict(fast.weights.from_original(second.state_dict()))
+    torch.testing.assert_close(fast(IMAGE), second(IMAGE), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_has_convolutions_alone(randomized, tmp_path):
+    fast = tautomer.optimize(randomized(ResNet()), (IMAGE,))
+    report = tautomer.export_onnx(fast, tmp_path / "resnet.onnx", (IMAGE,))
+    assert "7 Conv" in str(report) or "6 Conv" in str(report)
+    assert "BatchNormalization" not in str(report) and "Mul" not in str(report)
