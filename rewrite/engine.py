@@ -329,7 +329,8 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
     except Exception:
         op.rollback()
         raise
-    context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
+    siblings = ", ".join(place(node) for node in before[1:])
+    context.applied(rewrite, before[0], f"with {siblings}" if siblings else "", error)
     engine.commit(op, before, after, overlay)
 
 

@@ -226,6 +226,16 @@ class Weights:
         self._staged[expression] = unique
         return unique
 
+    def measured(self, name: str, value: Tensor) -> Leaf:
+        """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself."""
+        unique, count = name, 0
+        while unique in self.leaves or unique in self.entries:
+            count += 1
+            unique = f"{name}_{count}"
+        self.leaves[unique] = value
+        self._origin[unique] = Weight(unique, Leaf(unique), value, "buffer")
+        return Leaf(unique)
+
     def rename(self, old: str, new: str) -> None:
         """Give the weight ``old`` the name ``new``; whatever had that name is dropped from the table."""
         self.entries = {
