@@ -26,6 +26,7 @@ from .norm.fold_norm_shift import FoldNormShift
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
 from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from .norm.layer_norm_to_unified_norm import LayerNormToUnifiedNorm
 from .raise_.absorb_attention_scale import AbsorbAttentionScale
 from .raise_.absorb_layer_norm_gain import AbsorbLayerNormGain
 from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
@@ -95,8 +96,14 @@ CLEANUP: tuple[type[Pass], ...] = (FoldConstants, MergeEqualExpressions, DropDea
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CLEANUP)
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
-ON_REQUEST: tuple[type[Pass], ...] = (RaiseRoundedGelu, LayerNormToCrmsNorm, LayerNormToNarrowRmsNorm, MergeParallelLinears)
-"""In no recipe, a user asks for these by name: one is no equality, the others change the shapes of weights and seldom pay."""
+ON_REQUEST: tuple[type[Pass], ...] = (
+    RaiseRoundedGelu,
+    LayerNormToCrmsNorm,
+    LayerNormToNarrowRmsNorm,
+    LayerNormToUnifiedNorm,
+    MergeParallelLinears,
+)
+"""In no recipe, a user asks for these by name: no equality, another function, or other shapes of weights that seldom pay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
