@@ -84,7 +84,8 @@ class OfflineNorm(nn.Module):
             raise UsageError(f"the last axis of the input has {x.shape[-1]} entries; the norm was made for {self.width}")
         if torch.compiler.is_exporting():
             raise UsageError("the training form keeps state between steps, which a graph cannot", hint="model.eval() first")
-        return self._train(x, self.padding_mask if padding_mask is None else padding_mask)
+        y: Tensor = self._train(x, self.padding_mask if padding_mask is None else padding_mask)
+        return y
 
     def affine(self, x: Tensor) -> Tensor:
         """The form at inference: one factor and one summand per channel."""
@@ -92,7 +93,7 @@ class OfflineNorm(nn.Module):
         y = x * (scale if self.weight is None else self.weight * scale).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _train(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         keep = _kept(x, padding_mask)
         with torch.no_grad():

@@ -66,7 +66,7 @@ class LayerNormToUnifiedNorm(Pass):
 
 def second_moments(program: Program, data: Data, norms: Sequence[fx.Node], tokens: str) -> dict[fx.Node, Tensor]:
     """The mean of x^2 per channel over the tokens of all calls, in float64, for the input x of each norm."""
-    inputs = {norm: norm.args[0] for norm in norms}
+    inputs = {norm: norm.all_input_nodes[0] for norm in norms}
     wanted = set(inputs.values())
     mask_input = next((node for node in program.placeholders if node.target == tokens), None)
     sums: dict[fx.Node, Tensor] = {}
