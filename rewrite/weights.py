@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from ._torch import storage_key
 
-Kind = Literal["parameter", "buffer", "constant"]
+Kind = Literal["parameter", "buffer", "constant", "measured"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Weight:
         name: dotted path; the key in the state dict.
         expression: what it is, over the leaves; ``Leaf(name)`` for an untouched weight.
         meta: shape, dtype and device as a fake or meta tensor.
-        kind: parameter, buffer, or a constant that the capture lifted out of the code.
+        kind: parameter, buffer, a constant that the capture lifted out of the code, or measured: what a rewrite found out from
+            data, which no state dict of the original has.
         persistent: whether it is in the state dict.
         requires_grad: whether it trains.
     """
@@ -233,7 +234,7 @@ class Weights:
             count += 1
             unique = f"{name}_{count}"
         self.leaves[unique] = value
-        self._origin[unique] = Weight(unique, Leaf(unique), value, "buffer")
+        self._origin[unique] = Weight(unique, Leaf(unique), value, "measured")
         return Leaf(unique)
 
     def rename(self, old: str, new: str) -> None:
@@ -263,7 +264,7 @@ class Weights:
             if not weight.persistent:
                 continue
             if not weight.edited:
-                mapped[name] = state[name]
+                mapped[name] = self.leaves[name] if weight.kind == "measured" else state[name]
                 continue
             value = evaluate(weight.expression, lambda leaf: _promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
             mapped[name] = value.to(weight.meta.dtype).contiguous()

@@ -91,6 +91,7 @@ def unified(op: GraphOps, norm: fx.Node, moment: Tensor) -> fx.Node:
     """gamma / sqrt(psi^2 + eps) * x + beta, the factor one weight."""
     bound = arguments(norm)
     x, gamma, beta = bound["input"], bound["weight"], bound["bias"]
+    moment = moment.to(torch.promote_types(x.meta["val"].dtype, torch.float32))
     psi2 = op.measured(".".join(filter(None, (path_of(norm), "running_var"))), moment, x)
     scale = op.rsqrt(op.add(psi2, bound["eps"]))
     scaled = op.mul(x, op.node(scale if gamma is None else op.mul(gamma, scale)))

@@ -194,8 +194,7 @@ def test_no_affine_and_no_bias() -> None:
     assert "no weight" in repr(UnifiedNorm(D, elementwise_affine=False)) and "buffer=4" in repr(norm)
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and looks at what it warns of
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at what torch warns of
 def test_torch_compile() -> None:
     """The stateful step stays as it is, between compiled pieces."""
     model = nn.Sequential(nn.Linear(D, D), UnifiedNorm(D, warmup=0), nn.Linear(D, 1))

@@ -191,6 +191,21 @@ def test_a_state_dict_of_the_model_keeps_the_statistics() -> None:
     torch.testing.assert_close(mapped["a.norm.weight"], (other.a.norm.weight * ratio).detach())
 
 
+def test_with_live_edits_the_statistics_are_a_buffer() -> None:
+    """The user's gamma trains; at every call it is divided by what was measured."""
+    model, data = Net(), [call(3, 5)]
+    live = tautomer.optimize(model, (), data[0], recipe="training", passes=[NAME], data=data)
+    once = optimize(copy.deepcopy(model).eval(), data)
+    assert live.state_dict()["a.norm.running_var"].dtype is torch.float32
+    torch.testing.assert_close(live.a.norm.weight, model.a.norm.weight)
+    torch.testing.assert_close(live.eval()(**data[0]), once(**data[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tautomer.fold(live)(**data[0]), once(**data[0]), rtol=1e-4, atol=1e-5)
+    mapped = live.weights.from_original(model.state_dict())
+    live.load_state_dict(mapped)
+    live.train()(**data[0]).square().sum().backward()
+    assert live.a.norm.weight.grad.abs().max() > 0
+
+
 def test_what_follows_is_held_to_equality() -> None:
     passes = [LayerNormToUnifiedNorm(), "fold-norm-shift", "drop-dead-code", "drop-unused-weights", "name-weights"]
     model, data = Net().eval(), [call(3, 5)]
