@@ -8,7 +8,7 @@ weights, which folds into the linear layers that read it. gamma and beta are kep
 
 psi^2 of all norms is measured in one pass over ``data``, on the model as it is. Measuring layer by layer on what is
 already rewritten, or fitting gamma and beta to the LayerNorm's outputs, starts nearer to the model and ends nowhere
-better after a short training (benchmarks/calibration.py), so neither is done.
+better after a short training (benchmarks/unified_norm.py), so neither is done.
 
 arXiv:2208.01313 (Unified Normalization for Accelerating and Stabilizing Transformers).
 """
