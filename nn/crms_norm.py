@@ -7,10 +7,10 @@ arXiv:2305.14858 (Pre-LN and Pre-RMSNorm are equivalent), section on Pre-CRMSNor
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.library import crms_norm
 
 
 class CRMSNorm(nn.Module):
@@ -38,9 +38,7 @@ class CRMSNorm(nn.Module):
         """``[..., width]`` to the same shape; computed in float32 at least."""
         if x.shape[-1] != self.width:
             raise UsageError(f"the last axis of the input has {x.shape[-1]} entries; the norm was made for {self.width}")
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        square = wide.square().sum(-1, keepdim=True) + wide.sum(-1, keepdim=True).square()
-        return (wide * torch.rsqrt(square / (self.width + 1) + self.eps)).to(x.dtype)
+        return crms_norm(x, None, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.width}, eps={self.eps}"
