@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 
 from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.expected import Expected
 
-from .expected import Expected
 from .graph_data import decode_graph, encode_graph
 from .rewritten import Body, Rewritten
 from .signature_data import decode_signature, encode_signature

@@ -21,12 +21,12 @@ from torch import Tensor, fx, nn
 
 from tautomer.rewrite._torch import size_functions
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.expected import Expected, check
 from tautomer.rewrite.program import Mode, Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.signature import Signature
 from tautomer.rewrite.weights import MARK, Weights, marked
 
-from .expected import Expected, check
 from .graph_data import decode_graph, encode_graph
 from .spec_data import plain, spec
 

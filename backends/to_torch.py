@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.expected import expected
 from tautomer.rewrite.interpret import written
 from tautomer.rewrite.program import Program
 
-from .expected import expected
 from .live_weights import compute_edits
 from .rewritten import Body, Rewritten
 

@@ -32,6 +32,7 @@ from .norm.fuse_add_rms_norm import FuseAddRmsNorm
 from .norm.layer_norm_to_crms_norm import LayerNormToCrmsNorm
 from .norm.layer_norm_to_narrow_rms_norm import LayerNormToNarrowRmsNorm
 from .norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
+from .norm.layer_norm_to_unified_norm import LayerNormToUnifiedNorm
 from .norm.prescale_layer_norm import PrescaleLayerNorm
 from .norm.prescale_rms_norm import PrescaleRmsNorm
 from .raise_.absorb_attention_scale import AbsorbAttentionScale
@@ -123,12 +124,13 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     RaiseRoundedGelu,
     LayerNormToCrmsNorm,
     LayerNormToNarrowRmsNorm,
+    LayerNormToUnifiedNorm,
     PrescaleLayerNorm,
     PrescaleRmsNorm,
     FoldNormGain,
     MergeParallelLinears,
 )
-"""In no recipe, a user asks for these by name: no equality, other shapes of weights, or a price that few targets are worth."""
+"""In no recipe, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 

@@ -16,6 +16,8 @@ What everything speaks of:
     program.py      A program: an fx graph, its weights, and how it is called
     blocks.py       The blocks of a program: runs of calls that are equal up to names, and what stands between them
     interpret.py    Run a program's graph node by node; promoted to float64 it is the oracle
+    expected.py     What a captured graph expects of its inputs
+    calibration.py  Run a program on the user's data; a pass sees the values of chosen nodes
 
 From a model to a program:
 

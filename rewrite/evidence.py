@@ -25,8 +25,28 @@ _PIECE = 2**20
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far one rewrite whose claim is no equality moved the outputs.
+
+    Attributes:
+        rewrite: its name.
+        claim: its claim's name.
+        error: worst relative error of an output in float64, on the example's values, against the program before it.
+    """
+
+    rewrite: str
+    claim: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.rewrite}: outputs differ by {self.error:.1e} (relative), as its claim '{self.claim}' allows"
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What verification found.
+
+    All but ``differences`` and ``moved`` speak of the rewrites that claim equality.
 
     Attributes:
         forward: worst relative error of an output in float64.
@@ -37,6 +57,8 @@ class Evidence:
         sizes: the input sizes checked.
         relations: how many values inside the graph were held to a stated relation (a centred stream has zero mean).
         notes: what was not checked, and why.
+        differences: what each rewrite that claims less did to the outputs.
+        moved: how far all of them together moved the outputs from the original's; None if there are none.
     """
 
     forward: float
@@ -47,6 +69,23 @@ class Evidence:
     sizes: tuple[str, ...] = ()
     relations: int = 0
     notes: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    moved: float | None = None
+
+    def also(self, other: Evidence) -> Evidence:
+        """The evidence of two steps of one chain: the worst of each."""
+        return Evidence(
+            max(self.forward, other.forward),
+            _worst(self.gradient, other.gradient),
+            self.gradients + other.gradients,
+            _worst(self.original, other.original),
+            _worst(self.rewritten, other.rewritten),
+            tuple(dict.fromkeys((*self.sizes, *other.sizes))),
+            self.relations + other.relations,
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
+            (*self.differences, *other.differences),
+            _worst(self.moved, other.moved),
+        )
 
     def __str__(self) -> str:
         parts = [f"float64 error {self.forward:.1e}"]
@@ -55,6 +94,10 @@ class Evidence:
         if self.rewritten is not None and self.original is not None:
             parts.append(f"own dtype {self.rewritten:.1e} (the original: {self.original:.1e})")
         return ", ".join(parts)
+
+
+def _worst(a: float | None, b: float | None) -> float | None:
+    return max((x for x in (a, b) if x is not None), default=None)
 
 
 def relative_error(value: object, reference: object, *, floor: float = 0.0) -> float:

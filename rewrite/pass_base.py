@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from .calibration import Data
 from .claims import Claim
 from .program import Program, path_of, source_of
 
@@ -91,6 +92,7 @@ class Context:
         only: if not empty, only applications whose id or module path is listed (a prefix counts) fire.
         skip: applications whose id or module path is listed (a prefix counts) do not fire.
         fuel: how many more applications may fire in all; None is no limit. For bisection.
+        data: example calls for a pass that measures; None if the user gave none.
     """
 
     log: Log = field(default_factory=Log)
@@ -98,6 +100,7 @@ class Context:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     fuel: int | None = None
+    data: Data | None = None
 
     def admits(self, rewrite: Pass, node: fx.Node) -> bool:
         """Whether the user lets ``rewrite`` fire at ``node``. Spends no fuel."""

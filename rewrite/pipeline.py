@@ -2,13 +2,16 @@
 
     ask the target whether it pays → apply → check against the captured program → hand back, or roll back
 
-The check is made once, on the whole chain of rewrites. Only if it fails are the passes replayed one by one, each
-checked, and the one that broke its claim is rolled back and reported; the others stand.
+The check is made once on every chain of rewrites that claim equality. Only if it fails are its passes replayed one by
+one, each checked, and the one that broke its claim is rolled back and reported; the others stand. A rewrite that claims
+less stands alone between two chains: what it did to the outputs is measured, and the chain after it is held to equality
+with what it made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from time import perf_counter
@@ -17,12 +20,12 @@ from ._torch import no_new_guards
 from .claims import ALGEBRAIC, BITWISE, FORWARD_ORDER, GRADIENT_ORDER, Claim
 from .engine import apply_rules
 from .errors import ClaimBroken
-from .evidence import Evidence
-from .pass_base import Context, Log, Pass, Refusal
+from .evidence import Difference, Evidence
+from .pass_base import Application, Context, Log, Pass, Refusal
 from .program import Program
 from .rules import Rule
 from .target import Gain, Target
-from .verification import check_program
+from .verification import check_program, measure_program
 
 
 @dataclass
@@ -66,22 +69,82 @@ def run_passes(
     original = program.copy()
     start = perf_counter()
     admitted = [p for p in passes if _pays(p, program, target, outcome)]
-    outcome.seconds["profit"] = perf_counter() - start
-    fuel = context.fuel
-    _apply_all(admitted, program, context, outcome)
-    if not check or not context.log.applications:
-        return outcome
-    start = perf_counter()
-    try:
-        outcome.evidence = check_program(original, program, claim_of(context.log, passes))
-    except ClaimBroken:
-        context.fuel = fuel
-        context.log.applications.clear()
-        context.log.notes.clear()
-        program.restore(original.copy())
-        outcome.evidence = _apply_one_by_one(admitted, program, original, context, outcome)
-    outcome.seconds["verification"] = perf_counter() - start
+    outcome.seconds |= {"profit": perf_counter() - start, "rewriting": 0.0}
+    before = original
+    for chain in _chains(admitted):
+        if _run_chain(chain, program, before, context, outcome, check):
+            program.forget()
+            before = program.copy()
+    if outcome.evidence is not None and outcome.evidence.differences:
+        with _timed(outcome, "verification"):
+            outcome.evidence = replace(outcome.evidence, moved=measure_program(original, program))
     return outcome
+
+
+def _chains(passes: Sequence[Pass]) -> list[list[Pass]]:
+    """Neighbours that claim equality together, every other pass alone."""
+    chains: list[list[Pass]] = []
+    for exact, members in groupby(passes, key=lambda p: p.claim.exact):
+        found = list(members)
+        chains.extend([found] if exact else [[p] for p in found])
+    return chains
+
+
+def _run_chain(chain: Sequence[Pass], program: Program, before: Program, context: Context, outcome: Outcome, check: bool) -> bool:
+    """Apply and answer for ``chain``; whether anything fired. ``before`` is the program as it is now."""
+    start, fuel = _mark(context.log), context.fuel
+    with _timed(outcome, "rewriting"), no_new_guards(program.fake_mode):
+        for group in _groups(chain):
+            _apply(group, program, context)
+    if not check or len(context.log.applications) == start[0]:
+        return False
+    with _timed(outcome, "verification"):
+        try:
+            evidence: Evidence | None = _answer(chain, program, before, context.log, start)
+        except ClaimBroken as broken:
+            context.fuel = fuel
+            _forget(context.log, start)
+            program.restore(before.copy())
+            evidence = None
+            if len(chain) == 1:
+                _withdraw(chain[0], broken, outcome)
+            else:
+                evidence = _apply_one_by_one(chain, program, before, context, outcome)
+    if evidence is not None:
+        outcome.evidence = outcome.evidence.also(evidence) if outcome.evidence is not None else evidence
+    return evidence is not None
+
+
+def _answer(chain: Sequence[Pass], program: Program, before: Program, log: Log, start: _Mark) -> Evidence:
+    """What verification finds of the applications since ``start``.
+
+    Raises:
+        ClaimBroken: a claim does not hold.
+    """
+    claim = claim_of(log.applications[start[0] :], chain)
+    if claim.exact:
+        return check_program(before, program, claim)
+    moved = measure_program(before, program)
+    return Evidence(0.0, differences=(Difference(chain[0].name, chain[0].claim.name, moved),))
+
+
+_Mark = tuple[int, int]
+
+
+def _mark(log: Log) -> _Mark:
+    return len(log.applications), len(log.notes)
+
+
+def _forget(log: Log, mark: _Mark) -> None:
+    del log.applications[mark[0] :]
+    del log.notes[mark[1] :]
+
+
+@contextmanager
+def _timed(outcome: Outcome, phase: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    outcome.seconds[phase] = outcome.seconds.get(phase, 0.0) + perf_counter() - start
 
 
 def _pays(rewrite: Pass, program: Program, target: Target | None, outcome: Outcome) -> bool:
@@ -97,14 +160,6 @@ def _pays(rewrite: Pass, program: Program, target: Target | None, outcome: Outco
         assert target is not None
         outcome.log.refuse(Refusal(rewrite.name, rewrite.name, f"does not pay on {target.name}: {gain.note}"))
     return gain.pays
-
-
-def _apply_all(passes: Sequence[Pass], program: Program, context: Context, outcome: Outcome) -> None:
-    start = perf_counter()
-    with no_new_guards(program.fake_mode):
-        for group in _groups(passes):
-            _apply(group, program, context)
-    outcome.seconds["rewriting"] = outcome.seconds.get("rewriting", 0.0) + perf_counter() - start
 
 
 def _apply(group: Sequence[Pass], program: Program, context: Context) -> None:
@@ -134,31 +189,35 @@ def _apply_one_by_one(
     Rules that run together are admitted one after the other: each joins those that stood the check before it.
     """
     evidence: Evidence | None = None
+    start = _mark(context.log)
     for group in _groups(passes):
         standing: list[Pass] = []
         for rewrite in group:
-            before, fired = program.copy(), len(context.log.applications)
-            noted, fuel = len(context.log.notes), context.fuel
+            before, mark, fuel = program.copy(), _mark(context.log), context.fuel
             with no_new_guards(program.fake_mode):
                 _apply([*standing, rewrite], program, context)
             try:
-                if len(context.log.applications) > fired:
-                    evidence = check_program(original, program, claim_of(context.log, passes))
+                if len(context.log.applications) > mark[0]:
+                    evidence = _answer(passes, program, original, context.log, start)
                 standing.append(rewrite)
             except ClaimBroken as broken:
                 program.restore(before)
                 context.fuel = fuel
-                outcome.withdrawn[rewrite.name] = broken.what
-                reason = f"rolled back, its claim broke: {broken.what}"
-                context.log.refuse(Refusal(rewrite.name, rewrite.name, reason, broken.where))
-                del context.log.applications[fired:]
-                del context.log.notes[noted:]
+                _forget(context.log, mark)
+                _withdraw(rewrite, broken, outcome)
     return evidence
 
 
-def claim_of(log: Log, passes: Sequence[Pass]) -> Claim:
+def _withdraw(rewrite: Pass, broken: ClaimBroken, outcome: Outcome) -> None:
+    """Report that ``rewrite`` was rolled back."""
+    outcome.withdrawn[rewrite.name] = broken.what
+    reason = f"rolled back, its claim broke: {broken.what}"
+    outcome.log.refuse(Refusal(rewrite.name, rewrite.name, reason, broken.where))
+
+
+def claim_of(applications: Sequence[Application], passes: Sequence[Pass]) -> Claim:
     """The claim of a chain of rewrites: the weakest forward and the weakest gradient among those that fired."""
-    fired = {application.rewrite for application in log.applications}
+    fired = {application.rewrite for application in applications}
     claims = [rewrite.claim for rewrite in passes if rewrite.name in fired] or [BITWISE]
     forward = max((claim.forward for claim in claims), key=FORWARD_ORDER.index)
     gradient = max((claim.gradient for claim in claims), key=GRADIENT_ORDER.index)

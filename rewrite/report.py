@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from .claims import ARCHITECTURE
 from .evidence import Evidence
 from .pass_base import Application, Log, Note, Refusal
 from .program import Program, target_name
@@ -138,8 +139,7 @@ class Report:
         ]
         lines += [f"  {name}: {gain.note}" for name, gain in self.gains.items() if gain.pays]
         if self.evidence is not None:
-            lines.append(f"  checked: {self.evidence}")
-            lines += [f"  not checked: {note}" for note in self.evidence.notes]
+            lines += _answered_for(self.evidence)
         elif self.log.applications:
             lines.append("  NOT CHECKED (check=False)")
         if self.timing is not None:
@@ -149,6 +149,18 @@ class Report:
             )
         lines.append("  " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items()))
         return lines
+
+
+def _answered_for(evidence: Evidence) -> list[str]:
+    """What was checked of the rewrites that claim equality, what was measured of those that do not."""
+    lines = [f"  checked: {evidence}"] if evidence.sizes else []
+    lines += [f"  not checked: {note}" for note in evidence.notes]
+    lines += [f"  {difference}" for difference in evidence.differences]
+    if evidence.moved is not None and len(evidence.differences) > 1:
+        lines.append(f"  in all: outputs differ from the original's by {evidence.moved:.1e} (relative)")
+    if any(difference.claim == ARCHITECTURE.name for difference in evidence.differences):
+        lines.append("  this is another function than the model was: train it before it is used")
+    return lines
 
 
 def _where(entry: Application | Refusal | Note) -> str:

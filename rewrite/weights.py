@@ -27,7 +27,7 @@ from .inverse import origin
 
 __all__ = ["Apply", "Expression", "Kind", "Leaf", "Weight", "Weights", "evaluate", "expression_of", "leaves", "marked", "opaque"]
 
-Kind = Literal["parameter", "buffer", "constant"]
+Kind = Literal["parameter", "buffer", "constant", "measured"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Weight:
         name: dotted path; the key in the state dict.
         expression: what it is, over the leaves; ``Leaf(name)`` for an untouched weight.
         meta: shape, dtype and device as a fake or meta tensor.
-        kind: parameter, buffer, or a constant that the capture lifted out of the code.
+        kind: parameter, buffer, a constant that the capture lifted out of the code, or measured: what a rewrite found out from
+            data, which no state dict of the original has.
         persistent: whether it is in the state dict.
         requires_grad: whether it trains.
     """
@@ -180,6 +181,16 @@ class Weights:
         self._staged[expression] = unique
         return unique
 
+    def measured(self, name: str, value: Tensor) -> Leaf:
+        """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself."""
+        unique, count = name, 0
+        while unique in self.leaves or unique in self.entries:
+            count += 1
+            unique = f"{name}_{count}"
+        self.leaves[unique] = value
+        self._origin[unique] = Weight(unique, Leaf(unique), value, "measured")
+        return Leaf(unique)
+
     def rename(self, old: str, new: str) -> None:
         """Give the weight ``old`` the name ``new``; whatever had that name is dropped from the table."""
         self.entries = {
@@ -207,7 +218,7 @@ class Weights:
             if not weight.persistent:
                 continue
             if not weight.edited:
-                mapped[name] = state[name]
+                mapped[name] = self.leaves[name] if weight.kind == "measured" else state[name]
                 continue
             value = evaluate(weight.expression, lambda leaf: promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
             mapped[name] = value.to(weight.meta.dtype).contiguous()

@@ -4,8 +4,11 @@ import tautomer
 fast = tautomer.optimize(model, args, kwargs)
 print(fast.report)
 tautomer.export_onnx(fast, "model.onnx", args, kwargs)
+
+tautomer.nn has norms for models that will be trained.
 """
 
+from . import nn as nn
 from ._front import (
     Catalogue,
     Explanation,

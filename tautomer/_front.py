@@ -23,6 +23,7 @@ from tautomer.backends.to_onnx import OnnxReport, to_onnx
 from tautomer.backends.to_torch import to_torch
 from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Recipe
 from tautomer.rewrite._torch import pytree
+from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.capture import capture as capture_module
 from tautomer.rewrite.capture import capture_parts
 from tautomer.rewrite.claims import ALGEBRAIC, Claim
@@ -94,6 +95,7 @@ def optimize(
     recipe: str | Recipe = "inference",
     passes: Sequence[str | Pass] | None = None,
     target: str | Target = "eager",
+    data: Iterable[Any] | None = None,
     only: Iterable[str] = (),
     skip: Iterable[str] = (),
     fuel: int | None = None,
@@ -112,6 +114,8 @@ def optimize(
             user's parameters stay and are edited inside the forward; ``fold`` afterwards).
         passes: exactly these instead, by name or as passes, in this order; nobody asks whether they pay.
         target: where it should pay: "eager", "inductor", "onnxruntime".
+        data: example calls for rewrites that measure: an iterable of tensors, tuples of arguments or dicts of keyword
+            arguments. Read once by each pass that needs it, one call at a time.
         only, skip: admit or forbid applications by pass name, id or module path.
         fuel: at most this many applications; for bisection.
         dynamic_shapes: as of ``capture``.
@@ -122,7 +126,8 @@ def optimize(
         A module with ``.report`` (what fired, what did not and why), ``.graph`` and ``.weights``.
 
     Raises:
-        UsageError, CaptureError: see ``capture``; also for an unknown recipe, pass or target, with the nearest name.
+        UsageError, CaptureError: see ``capture``; also for an unknown recipe, pass or target, with the nearest name, and for
+            data that does not fit the model, with the index of the call.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
@@ -133,7 +138,8 @@ def optimize(
     tell = _progress(progress)
     recipe = _recipe(recipe)
     where = _target(target)
-    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel)
+    measured = None if data is None else Data(data, tell)
+    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel, data=measured)
     plan = _Plan(_passes(recipe, passes), where, passes is None, context, check, tell)
     start = perf_counter()
     tell("capturing")

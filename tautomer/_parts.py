@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import TypeVar
 
 from torch import nn
 
+from tautomer.rewrite.evidence import Evidence
 from tautomer.rewrite.pass_base import Application, Log, Note, Refusal
 from tautomer.rewrite.report import Report, Size
 
@@ -53,7 +55,8 @@ def merge(model: str, target: str, reports: Mapping[str, Report]) -> Report:
     found = list(reports.values())
     gains = {f"{path} {name}": gain for path, report in reports.items() for name, gain in report.gains.items()}
     seconds = {phase: sum(report.seconds.get(phase, 0.0) for report in found) for phase in found[0].seconds}
-    evidence = max((r.evidence for r in found if r.evidence is not None), key=lambda e: e.forward, default=None)
+    answered = [report.evidence for report in found if report.evidence is not None]
+    evidence = reduce(Evidence.also, answered) if answered else None
     before, after = _sum([report.before for report in found]), _sum([report.after for report in found])
     return Report(model, target, log, captured, before, after, gains, evidence, None, seconds)
 

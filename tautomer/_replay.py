@@ -6,7 +6,7 @@ good(0 applications) … good(k - 1), bad(k) … bad(all)        ->  the k-th ap
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tautomer.backends.rewritten import Rewritten
@@ -29,6 +29,7 @@ def bisect(
     recipe: str | Recipe = "inference",
     passes: Sequence[str | Pass] | None = None,
     target: str | Target = "eager",
+    data: Iterable[Any] | None = None,
     dynamic_shapes: Any = "auto",
     progress: Progress | None = None,
 ) -> Application | None:
@@ -41,6 +42,7 @@ def bisect(
     Args:
         metric: takes the rewritten module and returns True while it is good.
         model, args, kwargs, recipe, passes, target, dynamic_shapes, progress: as of ``optimize``.
+        data: as of ``optimize``, but read again at every step: a list or a ``DataLoader``, no iterator.
 
     Returns:
         The application, whose ``id`` is what ``skip=`` takes; None if the metric holds with all of them.
@@ -53,13 +55,13 @@ def bisect(
     tell = progress or (lambda phase: None)
     tell("capturing")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    everything = optimize(program, recipe=recipe, passes=passes, target=target, check=False)
+    everything = optimize(program, recipe=recipe, passes=passes, target=target, data=data, check=False)
     pays = {name: gain.pays for name, gain in everything.report.gains.items()}
     admitted = [p for p in _passes(recipe, passes) if pays.get(p.name, passes is not None or p.phase != "choose")]
 
     def rewritten(fuel: int) -> Rewritten:
         tell(f"trying {fuel} of {len(everything.report.applications)} applications")
-        return optimize(program, passes=admitted, fuel=fuel, check=False)
+        return optimize(program, passes=admitted, data=data, fuel=fuel, check=False)
 
     if metric(everything):
         return None
@@ -83,6 +85,7 @@ def replay(
     kwargs: Mapping[str, Any] | None = None,
     *,
     passes: Sequence[str | Pass] | None = None,
+    data: Iterable[Any] | None = None,
     dynamic_shapes: Any = "auto",
     check: bool = True,
 ) -> Rewritten:
@@ -91,7 +94,7 @@ def replay(
     Args:
         log: of a report, ``fast.report.log``. Applications may be taken out of it; what builds on them is then missing too.
         passes: the passes the log speaks of, in order; by default they are found by name.
-        model, args, kwargs, dynamic_shapes, check: as of ``optimize``.
+        model, args, kwargs, data, dynamic_shapes, check: as of ``optimize``.
 
     Raises:
         UsageError: an application could not be made here, or one was made that the log does not have.
@@ -100,9 +103,8 @@ def replay(
     """
     wanted = [application.id for application in log.applications]
     names = tuple(dict.fromkeys(application.rewrite for application in log.applications))
-    fast = optimize(
-        model, args, kwargs, passes=names if passes is None else passes, only=wanted, dynamic_shapes=dynamic_shapes, check=check
-    )
+    named = names if passes is None else passes
+    fast = optimize(model, args, kwargs, passes=named, data=data, only=wanted, dynamic_shapes=dynamic_shapes, check=check)
     made = Counter(application.id for application in fast.report.applications)
     if missing := Counter(wanted) - made:
         raise UsageError(f"not every application of the log could be made again: {', '.join(missing)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("tautomer", "rewrite", "passes", "backends")
+PARTS = ("tautomer", "rewrite", "passes", "backends", "nn")
 in_checkout = pytest.mark.skipif(not (ROOT / "rewrite").is_dir(), reason="the layout is the checkout's, not the wheel's")
 pytestmark = in_checkout
 
@@ -30,8 +30,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((0, alias.name) for alias in node.names)
 
 
-ARROWS = {"tautomer": {"tautomer", "rewrite", "passes", "backends"}, "passes": {"rewrite", "passes"},
-          "backends": {"rewrite", "backends"}, "rewrite": {"rewrite"}}  # fmt: skip
+ARROWS = {"tautomer": {"tautomer", "rewrite", "passes", "backends", "nn"}, "passes": {"rewrite", "passes"},
+          "backends": {"rewrite", "backends"}, "nn": {"rewrite"}, "rewrite": {"rewrite"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))

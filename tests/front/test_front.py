@@ -268,6 +268,10 @@ def poisoned() -> nn.Module:
     return model
 
 
+def calibrated(data: list[Tensor]) -> nn.Module:
+    return tautomer.optimize(Model().eval(), (X,), passes=["layer-norm-to-unified-norm"], data=data)
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[TautomerError], str]] = {
     "no module": (lambda: tautomer.optimize(lambda x: x, (X,)), UsageError, "nn.Module"),
     "a class": (lambda: tautomer.optimize(Model, (X,)), UsageError, "class"),
@@ -286,6 +290,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[TautomerError], str]] = {
     "no recipe": (lambda: tautomer.optimize(Model().eval(), (X,), recipe=None), UsageError, "recipe"),
     "no target": (lambda: tautomer.optimize(Model().eval(), (X,), target=None), UsageError, "target"),
     "progress": (lambda: tautomer.optimize(Model().eval(), (X,), progress=True), UsageError, "progress"),
+    "one call as data": (lambda: tautomer.optimize(Model().eval(), (X,), data=X), UsageError, "iterable"),
+    "data of another shape": (lambda: calibrated([X, X[..., :3]]), UsageError, r"data\[1\]"),
     "no rounds": (lambda: tautomer.bench(Model().eval(), (X,), rounds=0), UsageError, "rounds"),
     "control flow": (lambda: tautomer.optimize(Branching().eval(), (X,)), CaptureError, "if x.sum"),
     "batch norm in training": (lambda: tautomer.optimize(Normed().train(), (X,)), UsageError, r"eval\(\)"),

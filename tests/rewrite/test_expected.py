@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tautomer.backends.expected import Expected, check, expected, kind_of
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.expected import Expected, check, expected, kind_of
 
 X = Expected("x", "floating", "cpu", ("s0", 7))
 MASK = Expected("mask", "boolean", "cpu", ("s0",))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tautomer.rewrite.errors import UsageError
-from tautomer.rewrite.program import Program
-from tautomer.rewrite.shapes import key
+from .errors import UsageError
+from .program import Program
+from .shapes import key
 
 
 @dataclass(frozen=True)

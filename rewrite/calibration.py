@@ -1,0 +1,94 @@
+"""Run a program on the user's data, and let a pass see the values of chosen nodes as they come.
+
+One call at a time: a pass keeps a sum or a maximum, never the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .errors import TautomerError, UsageError
+from .expected import check, expected
+from .interpret import Observer, interpret
+from .program import Program
+
+
+@dataclass
+class Data:
+    """Example calls of the captured model, to measure on.
+
+    Attributes:
+        calls: any iterable of calls; a call is a tensor (the only argument), a tuple or list (the positional arguments) or a
+            mapping (the keyword arguments). One that can be read again (a list, a ``DataLoader``) serves several passes.
+        tell: called with a few words before each call.
+    """
+
+    calls: Iterable[Any]
+    tell: Callable[[str], None] = field(default=lambda words: None, repr=False)
+    _spent: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calls, (Tensor, Mapping, str)) or not isinstance(self.calls, Iterable):
+            shown = type(self.calls).__name__
+            raise UsageError(f"data is an iterable of example calls, not one {shown}", hint="data=[…] or a DataLoader")
+
+    @torch.no_grad()
+    def watch(self, program: Program, nodes: Collection[fx.Node], see: Observer) -> int:
+        """Run ``program`` once on every call, in its own dtype and without dropout.
+
+        Args:
+            nodes: whose values are shown, in the order of the graph, call by call.
+            see: takes a node and its value; it must not keep the value.
+
+        Returns:
+            The number of calls.
+
+        Raises:
+            UsageError: there is no call, one does not fit the captured model (says which), or ``calls`` was an iterator that
+                is spent.
+        """
+        if self._spent:
+            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
+        calls = iter(self.calls)
+        self._spent = calls is self.calls
+        wanted, inputs, count = set(nodes), expected(program), 0
+
+        def observe(node: fx.Node, value: Any) -> None:
+            if node in wanted:
+                see(node, value)
+
+        for count, call in enumerate(calls, 1):
+            self.tell(f"calibrating on call {count}")
+            flat = self._bound(program, inputs, call, count - 1)
+            try:
+                interpret(program, flat, observe=observe, noise=False)
+            except TautomerError:
+                raise
+            except Exception as failure:
+                raise UsageError(f"data[{count - 1}]: {program.name} fails on it: {str(failure).splitlines()[0]}") from failure
+        if not count:
+            raise UsageError("data holds no call", hint="a list or a DataLoader of example inputs")
+        return count
+
+    def _bound(self, program: Program, inputs: Any, call: Any, index: int) -> list[Any]:
+        try:
+            flat = program.signature.bind(*_arguments(call))
+            check(flat, inputs, program.name)
+        except UsageError as wrong:
+            raise UsageError(f"data[{index}]: {wrong.what}", hint=wrong.hint) from wrong
+        return flat
+
+
+def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(call, Tensor):
+        return (call,), {}
+    if isinstance(call, Mapping):
+        return (), dict(call)
+    if isinstance(call, (tuple, list)):
+        return tuple(call), {}
+    raise UsageError(f"a call is a tensor, a tuple of arguments or a dict of keyword arguments, not {type(call).__name__}")
