@@ -52,7 +52,10 @@ Expression = Leaf | Apply
 
 
 def evaluate(expression: Expression, leaf: Callable[[str], Tensor]) -> Tensor:
-    """The value of ``expression`` with the leaves that ``leaf`` gives."""
+    """The value of ``expression`` with the leaves that ``leaf`` gives.
+
+    A cast inside it does not narrow float64: what is folded in float64 is rounded once, at the end.
+    """
     if isinstance(expression, Leaf):
         return leaf(expression.name)
 
@@ -61,8 +64,14 @@ def evaluate(expression: Expression, leaf: Callable[[str], Tensor]) -> Tensor:
 
     args = _map(expression.args, value)
     kwargs = {k: _map(v, value) for k, v in expression.kwargs}
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+        args, kwargs = _map(args, _widen), {k: _map(v, _widen) for k, v in kwargs.items()}
     result: Tensor = expression.target(*args, **kwargs)
     return result
+
+
+def _widen(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
 def leaves(expression: Expression) -> Iterator[str]:
