@@ -41,20 +41,29 @@ from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
 from .raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
 from .raise_.add_filled_mask import AddFilledMask
 from .raise_.add_mask_of_sizes import AddMaskOfSizes
+from .raise_.drop_layer_norm_casts import DropLayerNormCasts
 from .raise_.drop_norm_casts import DropNormCasts
 from .raise_.drop_softmax_casts import DropSoftmaxCasts
+from .raise_.keep_reduced_axis import KeepReducedAxis
 from .raise_.merge_permutes import MergePermutes
 from .raise_.raise_attention import RaiseAttention
+from .raise_.raise_bare_rms_norm import RaiseBareRmsNorm
 from .raise_.raise_einsum import RaiseEinsum
 from .raise_.raise_gelu import RaiseGelu
+from .raise_.raise_glu import RaiseGlu
+from .raise_.raise_interleaved_rotary import RaiseInterleavedRotary
 from .raise_.raise_layer_norm import RaiseLayerNorm
 from .raise_.raise_mask import RaiseMask
 from .raise_.raise_merged_heads import RaiseMergedHeads
 from .raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
+from .raise_.raise_normalize import RaiseNormalize
+from .raise_.raise_quick_gelu import RaiseQuickGelu
 from .raise_.raise_rms_norm import RaiseRmsNorm
+from .raise_.raise_rotary import RaiseRotary
 from .raise_.raise_rounded_gelu import RaiseRoundedGelu
 from .raise_.raise_silu import RaiseSilu
 from .raise_.raise_tanh_gelu import RaiseTanhGelu
+from .raise_.widen_rotary import WidenRotary
 
 
 class Recipe(ABC):
@@ -87,16 +96,25 @@ ATTENTION: tuple[type[Pass], ...] = (
     RaiseMask,
 )
 RAISE: tuple[type[Pass], ...] = (
+    KeepReducedAxis,
     RaiseLayerNorm,
     AbsorbLayerNormGain,
     AbsorbLayerNormShift,
     RaiseRmsNorm,
     RaiseMixedRmsNorm,
+    RaiseBareRmsNorm,
     AbsorbRmsNormGain,
     DropNormCasts,
+    DropLayerNormCasts,
+    RaiseNormalize,
     RaiseGelu,
     RaiseTanhGelu,
     RaiseSilu,
+    RaiseQuickGelu,
+    RaiseGlu,
+    RaiseRotary,
+    RaiseInterleavedRotary,
+    WidenRotary,
     *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (

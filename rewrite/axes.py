@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .library import tautomer
 from .program import Program, arguments
 from .shapes import Size, product, same
 from .weights import opaque
@@ -183,6 +184,13 @@ def _scaled(axes: Axes, node: fx.Node, axis: int) -> Carriers:
 
 
 _QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
+
+
+def _rotary(axes: Axes, node: fx.Node, axis: int) -> Carriers:
+    """A rotation of channels by angles that are constant along another axis: every head turns alike."""
+    x, *angles = node.args[:3]
+    turns = axis == rank(node) - 1 or not all(axes.constant(angle, axis, rank(node)) for angle in angles)
+    return None if turns else _operands((x, axis))
 
 
 def _where(axes: Axes, node: fx.Node, axis: int) -> Carriers:
@@ -491,6 +499,7 @@ def _table() -> dict[Any, Rule]:
         ((aten.conv_transpose2d.input,), _conv_transpose(2)),
         ((aten.conv_transpose3d.input,), _conv_transpose(3)),
         ((aten.layer_norm.default,), _layer_norm),
+        ((tautomer.rotary.v1,), _rotary),
     ]
     return {target: rule for targets, rule in rows for target in targets}
 

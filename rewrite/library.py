@@ -68,6 +68,60 @@ def add_rms_norm(
     return F.rms_norm(total, list(normalized_shape), weight, eps), total
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), an approximation of GELU; arXiv:1606.08415."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) · up: a gated linear unit; arXiv:2002.05202.
+
+    Args:
+        activation: "sigmoid" (GLU), "relu" (ReGLU), "gelu" or "gelu_tanh" (GEGLU), "silu" (SwiGLU), "quick_gelu".
+    """
+    match activation:
+        case "silu":
+            return F.silu(gate) * up
+        case "gelu":
+            return F.gelu(gate) * up
+        case "gelu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        case "quick_gelu":
+            return gate * torch.sigmoid(1.702 * gate) * up
+        case "sigmoid":
+            return torch.sigmoid(gate) * up
+        case "relu":
+            return F.relu(gate) * up
+    raise ValueError(f"glu knows no activation '{activation}'")
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding: the pairs (a, b) of channels of x → (a cos - b sin, b cos + a sin); arXiv:2104.09864.
+
+    Args:
+        x: ``[*, d]``; heads before or after positions, as ``cos`` and ``sin`` broadcast.
+        cos: ``[*, r]``, r even and at most d: the first r channels of x turn, the others pass.
+        sin: as ``cos``.
+        interleaved: channel 2i pairs with 2i + 1, instead of i with i + r/2.
+    """
+    r = cos.shape[-1]
+    whole = r == x.shape[-1]
+    y = x if whole else x[..., :r]
+    if interleaved:
+        across = torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2)
+    else:
+        a, b = y.chunk(2, -1)
+        across = torch.cat((-b, a), -1)
+    turned = y * cos + across * sin
+    return turned if whole else torch.cat((turned, x[..., r:]), -1)
+
+
+def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """x / max(|x|, eps) over the last axis: queries and keys of QKNorm, arXiv:2010.04245."""
+    length: Tensor = torch.linalg.vector_norm(x, 2, -1, keepdim=True)
+    return x / length.clamp_min(eps)
+
+
 SEMANTIC = (
     Semantic("crms_norm.v1(Tensor x, Tensor? weight=None, float eps=1e-05) -> Tensor", crms_norm),
     Semantic(
@@ -80,6 +134,10 @@ SEMANTIC = (
         "-> (Tensor, Tensor)",
         add_rms_norm,
     ),
+    Semantic("quick_gelu.v1(Tensor x) -> Tensor", quick_gelu),
+    Semantic("glu.v1(Tensor gate, Tensor up, str activation) -> Tensor", glu),
+    Semantic("rotary.v1(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor", rotary),
+    Semantic("normalize.v1(Tensor x, float eps=1e-12) -> Tensor", normalize),
 )
 """Every op of the namespace ``tautomer``."""
 

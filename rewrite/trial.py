@@ -210,7 +210,7 @@ def near_misses(rule: Rule, sample: Mapping[str, Any]) -> Iterator[Program]:
             for place, argument in (*enumerate(node.args), *node.kwargs.items()):
                 for wrong in _wrong(argument):
                     yield from _changed(program, node.name, place, wrong)
-            if node not in program.output.all_input_nodes:
+            if node not in program.output.all_input_nodes and isinstance(node.meta["val"], Tensor):
                 yield _with_reader(program, node.name)
 
 

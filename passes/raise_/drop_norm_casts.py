@@ -1,8 +1,8 @@
 """Drop the casts around an RMSNorm: the kernel accumulates in float32 and rounds once by itself.
 
-    half(rms_norm(float32(x), eps)) = rms_norm(x, eps)        x of the half type
+    half(rms_norm(float32(x), g, eps)) = rms_norm(x, g, eps)        x and g of the half type
 
-A float32 gain inside the casts stays where it is: only a norm without one is taken.
+A gain in float32 that is no cast of a half one (Gemma's 1 + g) keeps the casts: rounded, it would be another gain.
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ import torch
 
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
-from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Scalar, Tensor, dtype, require
+from tautomer.rewrite.rules import Match, Operand, Ops, OptionalWeight, Rule, Scalar, Tensor, Weight, is_vector, require, width
+
+from .spellings import require_half, rounded
 
 
 class DropNormCasts(Rule):
     """Casts around an RMSNorm → the kernel's own; see the module."""
 
-    claim = ALGEBRAIC("the cast back to half precision is the kernel's own")
+    claim = ALGEBRAIC("the cast back to half precision is the kernel's own, after the gain")
     phase: ClassVar[Phase] = "raise"
 
-    def before(self, op: Ops, x: Tensor, shape: Operand, eps: Scalar, half: Operand) -> Operand:
-        return op.cast(op.rms_norm(op.cast(x, torch.float32), shape, None, eps), half)
+    def before(self, op: Ops, x: Tensor, shape: Operand, g: OptionalWeight, w: Weight, eps: Scalar, half: Operand) -> Operand:
+        wide = op.cast(x, torch.float32)
+        scaled = op.mul(op.rms_norm(wide, shape, None, eps), w)
+        return op.any_of(op.cast(op.rms_norm(wide, shape, g, eps), half), op.cast(scaled, half))
 
     def where(self, m: Match) -> None:
-        require(m.half in (torch.float16, torch.bfloat16), f"{m.half} is no half-precision type")
-        require(dtype(m.x) == m.half, f"the norm reads {dtype(m.x)} and returns {m.half}")
+        require(len(m.shape) == 1 and (m.w is None or is_vector(m.w, width(m.x))), "the gain is not a vector over the last axis")
+        require_half(m, m.g, m.w)
 
-    def after(self, op: Ops, x: Tensor, shape: Operand, eps: Scalar, half: Operand) -> Operand:
-        return op.rms_norm(x, shape, None, eps)
+    def after(self, op: Ops, x: Tensor, shape: Operand, g: OptionalWeight, w: Weight, eps: Scalar, half: Operand) -> Operand:
+        return op.rms_norm(x, shape, rounded(op, w if g is None else g, half), eps)
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        x = torch.randn(3, 4, 6, dtype=torch.float64)
-        yield {"x": x.bfloat16(), "shape": [6], "eps": 1e-5, "half": torch.bfloat16}
+        x, w = torch.randn(3, 4, 6).bfloat16(), torch.randn(6).bfloat16()
+        yield {"x": x, "shape": [6], "g": None, "w": w, "eps": 1e-5, "half": torch.bfloat16}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tautomer.rewrite.axes import Axes, Value, blind, rank
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.library import tautomer
 from tautomer.rewrite.program import Program
 
 B, S, D = 2, 3, 8
@@ -87,6 +88,7 @@ CARRIES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int, set[int
     "conv1d": (lambda a, w: F.conv1d(a, w, padding=1), (x(B, 3, 4), x(D, 3, 3)), 1, {1}),
     "transposed conv": (lambda a, w: F.conv_transpose2d(a, w), (x(B, 3, 4, 4), x(3, D, 2, 2)), 1, {1}),
     "layer norm, no gain": (lambda a: F.layer_norm(a, [D]), (x(),), 2, set()),
+    "rotary over heads": (lambda a, c, s: tautomer.rotary.v1(a, c, s), (x(B, 4, S, D), x(S, D), x(S, D)), 1, {0}),
     "layer norm, shift": (lambda a, b: F.layer_norm(a, [D], None, b), (x(), x(D)), 2, {1}),
 }  # fmt: skip
 
@@ -141,6 +143,9 @@ BARRIERS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
     "rms norm, constant gain": (lambda a: F.rms_norm(a, [D], torch.full((D,), 2.0, dtype=a.dtype)), (x(),), 2),
     "dropout": (lambda a: F.dropout(a, 0.5, True), (x(),), 2),
     "softmax": (lambda a: a.softmax(-1), (x(),), 2),
+    "rotary over channels": (lambda a, c, s: tautomer.rotary.v1(a, c, s), (x(), x(S, D), x(S, D)), 2),
+    "rotary over positions": (lambda a, c, s: tautomer.rotary.v1(a, c, s), (x(), x(S, D), x(S, D)), 1),
+    "gated unit": (lambda a, b: tautomer.glu.v1(a, b, "silu"), (x(), x()), 1),
 }  # fmt: skip
 
 

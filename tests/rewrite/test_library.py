@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama as llama
 
 from tautomer.rewrite.library import SEMANTIC, tautomer
 
@@ -18,6 +20,10 @@ BODIES = {
     "crms_norm.v1": "bbcf8e02bfc4",
     "add_layer_norm.v1": "dd94e88a6505",
     "add_rms_norm.v1": "e5987813643f",
+    "quick_gelu.v1": "ee4d4ea9a61e",
+    "glu.v1": "172b445a405d",
+    "rotary.v1": "a0afd8bf4095",
+    "normalize.v1": "e21d0718fe1b",
 }
 """torch.compile's disk cache knows an op by its name: if a hash here is wrong, give the op the next version."""
 
@@ -54,6 +60,63 @@ def test_a_fused_sum_returns_the_norm_and_the_sum(bias: bool) -> None:
     assert torch.equal(normed, F.rms_norm(x + r, [8], g, 1e-3))
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": tautomer.quick_gelu.v1,
+}
+
+
+@pytest.mark.parametrize(("name", "activation"), ACTIVATIONS.items(), ids=ACTIVATIONS)
+def test_a_gated_unit_is_an_activation_times_a_tensor(name: str, activation: Callable[[Tensor], Tensor]) -> None:
+    gate, up = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert torch.equal(tautomer.glu.v1(gate, up, name), activation(gate) * up)
+
+
+def test_an_unknown_activation_is_named() -> None:
+    with pytest.raises(ValueError, match="no activation 'swish'"):
+        tautomer.glu.v1(torch.ones(2), torch.ones(2), "swish")
+
+
+def test_quick_gelu_is_that_of_transformers() -> None:
+    x = torch.randn(50, dtype=torch.float64)
+    assert torch.equal(tautomer.quick_gelu.v1(x), ACT2FN["quick_gelu"](x))
+
+
+def test_normalize_is_that_of_torch() -> None:
+    x = torch.cat([torch.randn(3, 5), torch.zeros(1, 5)])
+    assert torch.equal(tautomer.normalize.v1(x), F.normalize(x, dim=-1))
+    assert torch.equal(tautomer.normalize.v1(x, 10.0), x / 10)
+
+
+def angles(length: int, width: int) -> Tensor:
+    return torch.arange(length)[:, None] * 0.3 ** torch.arange(width // 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_rotary_is_that_of_llama_with_heads_before_or_after_positions(heads_first: bool) -> None:
+    cos, sin = (torch.cat([f(angles(5, 8))] * 2, -1)[None] for f in (torch.cos, torch.sin))
+    q = torch.randn(2, 3, 5, 8, dtype=torch.float64) if heads_first else torch.randn(2, 5, 3, 8, dtype=torch.float64)
+    axis = 1 if heads_first else 2
+    wanted, _ = llama.apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=axis)
+    assert torch.equal(tautomer.rotary.v1(q, cos.unsqueeze(axis), sin.unsqueeze(axis)), wanted)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("width", [6, 10])
+def test_rotary_turns_pairs_of_the_first_channels_in_the_plane(interleaved: bool, width: int) -> None:
+    x, turn = torch.randn(2, 3, 5, width, dtype=torch.float64), angles(5, 6)
+    both = turn.repeat_interleave(2, -1) if interleaved else torch.cat([turn, turn], -1)
+    y = tautomer.rotary.v1(x, both.cos(), both.sin(), interleaved)
+    a, b = ((0, 2, 4), (1, 3, 5)) if interleaved else ((0, 1, 2), (3, 4, 5))
+    wanted = torch.complex(x[..., a], x[..., b]) * torch.polar(torch.ones(5, 3, dtype=torch.float64), turn)
+    torch.testing.assert_close(torch.complex(y[..., a], y[..., b]), wanted, rtol=1e-14, atol=1e-14)
+    assert torch.equal(y[..., 6:], x[..., 6:])
+
+
 class Calls(nn.Module):
     def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -67,6 +130,10 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "crms_norm.v1": lambda x: tautomer.crms_norm.v1(x),
     "add_layer_norm.v1": lambda x: tautomer.add_layer_norm.v1(x, x.sin(), [8])[0],
     "add_rms_norm.v1": lambda x: tautomer.add_rms_norm.v1(x, x.sin(), [8])[1],
+    "quick_gelu.v1": lambda x: tautomer.quick_gelu.v1(x),
+    "glu.v1": lambda x: tautomer.glu.v1(x, x.sin(), "gelu_tanh"),
+    "rotary.v1": lambda x: tautomer.rotary.v1(x, x[:1, :6].sin(), x[:1, :6].tanh(), True),
+    "normalize.v1": lambda x: tautomer.normalize.v1(x),
 }
 
 

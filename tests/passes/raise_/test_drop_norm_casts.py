@@ -51,6 +51,22 @@ def gemma(m, x):
     return (h * (1.0 + m.g.float())).type_as(x)
 
 
+def olmo(m, x):
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return (m.g * h).to(x.dtype)
+
+
+def helium(m, x):
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return (m.g.to(torch.float32) * h).to(x.dtype)
+
+
+def deepseek(m, x):
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS).to(x.dtype) * m.g
+
+
 def run(forward):
     program = capture(Norm(forward).bfloat16(), (torch.randn(3, 5, D, dtype=torch.bfloat16),))
     before, context = interpret(program, program.example, dtype=torch.float64), Context()
@@ -59,7 +75,7 @@ def run(forward):
     return program
 
 
-@pytest.mark.parametrize("forward", [llama, t5])
+@pytest.mark.parametrize("forward", [llama, t5, olmo, helium, deepseek])
 def test_the_casts_become_the_kernels_own(forward):
     program = run(forward)
     assert program.count(aten.rms_norm.default) == 1
