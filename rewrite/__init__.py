@@ -47,6 +47,7 @@ Rules: two sides of an equation:
     metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
     emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
     equation.py     The two sides of a rule, and what its ``where`` may ask of a match
+    symbols.py      ``before`` over symbols: variables as their annotations narrow them, calls, spellings
     patterns.py     ``before`` as a matcher that backtracks, and says how far it came
     region.py       The region one application touches, held to its claim
     engine.py       The engine: rules to a fixpoint, each application a transaction

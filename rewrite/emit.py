@@ -181,6 +181,10 @@ class GraphOps(Ops):
         fake = self.editor.metadata.call(torch.ops.aten.new_full.default, (like, [size], value), {})
         return Derived(Apply(torch.ops.aten.full.default, ((size,), value), (("dtype", torch.float64),)), fake)
 
+    def dtype(self, x: fx.Node | Derived) -> Any:
+        """The dtype of ``x``."""
+        return value_of(x).dtype
+
     def weight(self, x: Any) -> Any:
         """``x`` as a weight of its own, if it is computed from weights; anything else as it is."""
         if not isinstance(x, fx.Node) or x.op != "call_function":

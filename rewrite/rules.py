@@ -26,8 +26,9 @@ from .equation import Equation, Match, dtype, is_vector, rank, require_sole_read
 from .errors import Refused, require
 from .ops import Operand, Ops, OptionalWeight, Scalar, Tensor, Weight
 from .pass_base import Context
-from .patterns import AnyOf, Call, Pattern, Variable, compile_pattern
+from .patterns import Pattern, compile_pattern
 from .program import Program, line, path_of, place, source_of
+from .symbols import AnyOf, Call, Fact, Variable
 
 __all__ = [
     "Match",
@@ -143,9 +144,8 @@ def _refusal(rule: Rule, match: Match) -> str:
 
 def _show(wanted: Any) -> str:
     if isinstance(wanted, Variable):
-        article = {"weight": "a weight", "optional weight": "a weight or None", "tensor": "a tensor", "scalar": "a number"}
-        return f"{article.get(wanted.kind, 'the same value as before')} for {wanted.name}"
-    if isinstance(wanted, (Call, AnyOf)):
+        return wanted.wanted
+    if isinstance(wanted, (Call, AnyOf, Fact)):
         return str(wanted)
     return repr(wanted)
 

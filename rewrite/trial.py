@@ -23,10 +23,10 @@ from .interpret import interpret
 from .metadata import Derived, Metadata, refresh
 from .ops import form_of
 from .pass_base import Context
-from .patterns import AnyOf, Call, Variable, trace
 from .program import Program
 from .rules import Rule
 from .signature import Signature
+from .symbols import SYMBOLS, AnyOf, Call, Fact, Variable, trace
 from .weights import Weights
 
 
@@ -148,7 +148,9 @@ def _open(pattern: Any, chosen: dict[int, Any]) -> Iterator[AnyOf]:
 
 def _spell(variables: tuple[Variable, ...], roots: tuple[Any, ...], chosen: dict[int, Any], sample: Mapping[str, Any],
            name: str) -> Program:  # fmt: skip
-    weights = {v.name: sample[v.name] for v in variables if "weight" in v.kind and isinstance(sample[v.name], Tensor)}
+    weights = {
+        v.name: sample[v.name] for v in variables if v.kind in ("weight", "parameter") and isinstance(sample[v.name], Tensor)
+    }
     inputs = {v.name: sample[v.name] for v in variables if v.name not in weights and isinstance(sample[v.name], Tensor)}
     graph, mode = fx.Graph(), FakeTensorMode()
     bound = dict(sample)
@@ -169,6 +171,8 @@ def _spell(variables: tuple[Variable, ...], roots: tuple[Any, ...], chosen: dict
             return bound[pattern.name]
         if isinstance(pattern, AnyOf):
             return value(chosen[id(pattern)])
+        if isinstance(pattern, Fact):
+            return getattr(op, pattern.name)(value(pattern.of))
         if isinstance(pattern, Call):
             if id(pattern) not in made:
                 args, kwargs = _arguments(pattern)
@@ -195,7 +199,7 @@ def _arguments(call: Call) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _plain_default(x: Any, default: Any) -> bool:
-    return not isinstance(x, (Variable, Call, AnyOf)) and type(x) is type(default) and x == default
+    return not isinstance(x, SYMBOLS) and type(x) is type(default) and x == default
 
 
 # -- near misses ----------------------------------------------------------------------------------------------
