@@ -22,13 +22,13 @@ from ._torch import erased, no_new_guards
 from .emit import Editor, GraphOps
 from .equation import Equation, Match, require_sole_readers
 from .errors import ClaimBroken, InvalidGraph, Refused, require
-from .metadata import Derived, difference, refresh
-from .ops import OPS, is_pure, normal
+from .metadata import Derived
 from .pass_base import Context, Pass
 from .patterns import Entry, Found, Pattern, compile_pattern
 from .program import Program, line, place, target_name
 from .region import Region, hold, region_between, signature
 from .shapes import product
+from .substitution import compare, dying, erase_dead
 from .weights import leaves
 
 _COMPILED: WeakKeyDictionary[Equation, Pattern] = WeakKeyDictionary()
@@ -223,7 +223,7 @@ class _Engine:
         """The new roots and what changes downstream; what cannot stand here is refused with the graph around it."""
         try:
             roots = self.build(rule, op, match)
-            return roots, self.compare(match.roots, roots)
+            return roots, compare(match.roots, roots, self.editor.metadata)
         except Refused as refusal:
             raise Refused(f"{refusal}\n{_surroundings(match.nodes, op)}") from refusal
 
@@ -234,41 +234,18 @@ class _Engine:
             raise InvalidGraph(f"{rule.name} returns {results} for {len(match.roots)} values", where=place(match.root))
         return tuple(map(op.node, results))
 
-    def compare(self, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...]) -> dict[fx.Node, Any]:
-        """New metadata by old node, where strides changed; every reader downstream must be able to run on it."""
-        metadata, overlay = self.editor.metadata, dict[fx.Node, Any]()
-        for before, after in zip(old, new, strict=True):
-            was, becomes = before.meta.get("val"), after.meta.get("val")
-            if metadata.agree(was, becomes):
-                continue
-            change = difference(was, becomes)
-            require(change is None, f"the result would change: {change}")
-            overlay[before] = becomes
-        if not overlay:
-            return overlay
-        pending = sorted({user for node in overlay for user in node.users}, reverse=True)
-        while pending:
-            node = pending.pop()
-            if node.op != "call_function" or node in overlay:
-                continue
-            value = refresh(node, metadata, overlay)
-            if not metadata.agree(node.meta.get("val"), value):
-                overlay[node] = value
-                pending = sorted({*pending, *node.users}, reverse=True)
-        return overlay
-
     def refuse_second_copies(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> None:
         """A matrix is not stored twice for one of its readers' sake."""
         large = [weight for name in op.staged if (weight := self.program.weights[name]).meta.ndim >= 2]
         if not large:
             return
-        dying = _dying(roots)
+        gone = dying(roots)
         for weight in large:
             for leaf in dict.fromkeys(leaves(weight.expression)):
                 source = self.program.weights.leaves[leaf]
                 if source.ndim < 2 or source.numel() > product(weight.meta.shape):
                     continue
-                reader = next((user for user in self.editor.readers(leaf) if user not in dying), None)
+                reader = next((user for user in self.editor.readers(leaf) if user not in gone), None)
                 if reader is not None:
                     raise Refused(f"'{leaf}' would be stored twice: {target_name(reader)} '{reader.name}' also reads it")
 
@@ -316,7 +293,7 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
     engine.editor, op = editor, editor.before(before[0])
     try:
         after = tuple(emit(op))
-        overlay = engine.compare(before, after)
+        overlay = compare(before, after, editor.metadata)
         engine.refuse_second_copies(op, before)
         error = (
             hold(rewrite.claim, Region(before, before, {}), Region(tuple(op.created), after, {}), editor)
@@ -345,42 +322,3 @@ def _frontier(values: Iterable[Any]) -> set[fx.Node]:
     frontier: set[fx.Node] = set()
     fx.node.map_arg(tuple(values), frontier.add)
     return frontier
-
-
-# -- dead nodes -----------------------------------------------------------------------------------------------
-
-
-def _dying(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """What nobody needs once ``roots`` are gone."""
-    dying, stack = set(roots), list(roots)
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in dying and all(user in dying for user in operand.users):
-                dying.add(operand)
-                stack.append(operand)
-    return dying
-
-
-def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Erase those of ``nodes`` that nobody reads, and what nobody reads after that. Inputs and effects stay."""
-    gone, stack = [], list(nodes)
-    while stack:
-        node = stack.pop()
-        if not node.users and not erased(node) and removable(node):
-            stack += node.all_input_nodes
-            graph.erase_node(node)
-            gone.append(node)
-    return gone
-
-
-def removable(node: fx.Node) -> bool:
-    """Whether nothing but the readers of ``node`` would notice that it is gone."""
-    if node.op == "get_attr":
-        return True
-    pure = node.op == "call_function" and (is_pure(node.target) or _draws_nothing(node))
-    return pure and not node.meta.get("tautomer_mutated")
-
-
-def _draws_nothing(node: fx.Node) -> bool:
-    """Whether ``node`` is an attention without dropout."""
-    return node.target is OPS["scaled_dot_product_attention"].target and normal(node)[4] == 0.0

@@ -174,6 +174,14 @@ class Ops(ABC):
         """The dtype of ``x``."""
         return x.dtype
 
+    def constant(self, x: Any) -> bool:
+        """Whether ``x`` is computed from weights alone, as far as is known here."""
+        return False
+
+    def inside(self, x: Any, name: str) -> tuple[Any, ...] | None:
+        """The operands of ``x`` if it is known to be a call of the op ``name``."""
+        return None
+
     def weight(self, x: Any) -> Any:
         """``x``, computed once: what is computed from weights alone becomes a weight of its own."""
         return x

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import torch
 
+from .canonical import respell
 from .errors import PatternError
 from .ops import Op, Ops, fill, form_of, show_literal
 
@@ -133,16 +134,30 @@ def _is_default(x: Any, default: Any) -> bool:
 
 
 class Symbols(Ops):
-    """Patterns: an equation is matched."""
+    """Patterns: an equation is matched. What it spells in another way than a canonical graph is spelled as there."""
 
-    def apply(self, op: Op, *args: Any, **kwargs: Any) -> Call:
-        frame = sys._getframe(1)
-        source = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}: "
-        source += linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        return Call(op, _from_the_end(op, fill(op.target, args, kwargs), source), source)
+    source = ""
+
+    def apply(self, op: Op, *args: Any, **kwargs: Any) -> Any:
+        outer, frame = self.source, sys._getframe(1)
+        if not outer:
+            source = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}: "
+            self.source = source + linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        try:
+            filled = _from_the_end(op, fill(op.target, args, kwargs), self.source)
+            return respell(self, op.target, filled, Call(op, filled, self.source))
+        finally:
+            self.source = outer
 
     def any_of(self, *alternatives: Any) -> AnyOf:
         return AnyOf(alternatives)
+
+    def constant(self, x: Any) -> bool:
+        variables = list(variables_of(x))
+        return bool(variables) and all(variable.kind in ("weight", "parameter") for variable in variables)
+
+    def inside(self, x: Any, name: str) -> tuple[Any, ...] | None:
+        return x.args if isinstance(x, Call) and x.op.name == name else None
 
     def width(self, x: Any) -> Fact:
         return Fact("width", x)
