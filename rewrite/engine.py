@@ -4,6 +4,7 @@
 
 Nodes are visited downstream first, and at one node larger patterns before smaller ones, then in the declared order:
 a pattern is tried before the smaller ones inside it. What an application makes, and what reads it, is visited again.
+Where two rules could have had the same nodes, the one that came second is told who took them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import fx
 
 from ._torch import erased, no_new_guards
 from .emit import Editor, GraphOps
-from .equation import Equation, Match, require_sole_readers
+from .equation import Equation, Match, require_match
 from .errors import ClaimBroken, InvalidGraph, Refused, require
 from .metadata import Derived
 from .pass_base import Context, Pass
@@ -29,6 +30,7 @@ from .program import Program, line, place, target_name
 from .region import Region, hold, region_between, signature
 from .shapes import product
 from .substitution import compare, dying, erase_dead
+from .symbols import calls_of, may_meet
 from .weights import leaves
 
 _COMPILED: WeakKeyDictionary[Equation, Pattern] = WeakKeyDictionary()
@@ -90,6 +92,7 @@ class _Index:
         self.reads = frozenset[tuple[int, int]]().union(*(pattern.reads for pattern in patterns.values()))
         self.depth = max((pattern.depth for pattern in patterns.values()), default=0)
         self.memo: dict[tuple[int, frozenset[int]], tuple[_Candidate, ...]] = {}
+        self.known_rivals: dict[Equation, dict[int, list[_Candidate]]] = {}
 
     def at(self, node: fx.Node) -> tuple[_Candidate, ...]:
         """The candidates at ``node`` whose required operands are there, in order."""
@@ -99,6 +102,18 @@ class _Index:
         if known is None:
             fits = [c for c in self.candidates[target] if not any(map(operands.isdisjoint, c.entry.required))]
             known = self.memo[target, operands] = tuple(fits)
+        return known
+
+    def rivals(self, rule: Equation) -> dict[int, list[_Candidate]]:
+        """By target, the candidates of other rules that could fit at a node that ``rule`` names."""
+        known = self.known_rivals.get(rule)
+        if known is None:
+            known = self.known_rivals[rule] = {}
+            calls = {id(call): call for root in compiled(rule).roots for call in calls_of(root)}.values()
+            for target in dict.fromkeys(id(call.op.target) for call in calls):
+                others = [c for c in self.candidates.get(target, ()) if c.rule is not rule]
+                if rivals := [c for c in others if any(may_meet(c.entry.root, call) for call in calls)]:
+                    known[target] = rivals
         return known
 
     def above(self, roots: Sequence[fx.Node]) -> list[fx.Node]:
@@ -124,6 +139,7 @@ class _Engine:
         self.checked: dict[Hashable, float | ClaimBroken | None] = {}
         self.fired: list[str] = []
         self.made: dict[fx.Node, Equation] = {}
+        self.conflicts: dict[tuple[Equation, str], tuple[fx.Node, Equation]] = {}
 
     # -- the worklist -----------------------------------------------------------------------------------------
 
@@ -140,6 +156,8 @@ class _Engine:
         for (rule, node), reason in self.refusals.items():
             if not erased(node):
                 self.context.refused(rule, node, reason)
+        for (loser, _), (node, winner) in self.conflicts.items():
+            self.context.refused(loser, node, f"{winner.name} took these nodes first")
 
     def drain(self) -> None:
         while self.queue:
@@ -185,11 +203,9 @@ class _Engine:
 
     def apply(self, candidate: _Candidate, found: Found) -> None:
         rule = candidate.rule
-        match = Match(dict(zip(candidate.names, found.values, strict=True)), found.roots, found.nodes, self.program)
-        written = [node for node in found.nodes if node.meta.get("tautomer_mutated")]
-        require(not written, "a value in the pattern is written in place")
-        rule.where(match)
-        require_sole_readers(rule, match)
+        match = self.match(candidate, found)
+        require_match(rule, match)
+        losers = self.losers(rule, match)
 
         op = self.editor.before(self.anchor(match), origin=match.root)
         try:
@@ -201,13 +217,32 @@ class _Engine:
             raise
 
         self.context.applied(rule, match.root, error=error)
+        self.conflicts.pop((rule, _origin(match.root)), None)
         self.commit(op, match.roots, roots, overlay)
+        self.conflicts.update({(loser, _origin(node)): (node, rule) for loser, node in losers if erased(node)})
         self.fired.append(rule.name)
         self.made.update(dict.fromkeys(roots, rule))
         if len(self.fired) > self.limit:
             cycle = " and ".join(name for name, _ in Counter(self.fired[-100:]).most_common(3))
             raise InvalidGraph(f"rewriting does not end: {cycle} keep firing", where=place(roots[0]))
         self.push([*op.created, *roots, *self.index.above(roots)])
+
+    def losers(self, rule: Equation, match: Match) -> list[tuple[Equation, fx.Node]]:
+        """The other rules that would fire at nodes of ``match``, and where."""
+        rivals = self.index.rivals(rule)
+        pairs = [(rival, node) for node in match.nodes for rival in rivals.get(id(node.target), ())] if rivals else []
+        return [(rival.rule, node) for rival, node in pairs if (rival.rule, node) not in self.refusals and self.fits(rival, node)]
+
+    def fits(self, candidate: _Candidate, node: fx.Node) -> bool:
+        """Whether a candidate would fire at ``node``, as far as its pattern and its condition tell."""
+        for found in candidate.entry.match(node, self.is_weight) if self.context.admits(candidate.rule, node) else ():
+            with contextlib.suppress(Refused):
+                require_match(candidate.rule, self.match(candidate, found))
+                return True
+        return False
+
+    def match(self, candidate: _Candidate, found: Found) -> Match:
+        return Match(dict(zip(candidate.names, found.values, strict=True)), found.roots, found.nodes, self.program)
 
     def anchor(self, match: Match) -> fx.Node:
         """Where the new nodes stand: after everything they may read, before everything that reads them."""
@@ -308,6 +343,11 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
         raise
     context.applied(rewrite, before[0], f"with {', '.join(place(node) for node in before[1:])}", error)
     engine.commit(op, before, after, overlay)
+
+
+def _origin(node: fx.Node) -> str:
+    """The captured node that ``node`` stands for, by name."""
+    return str(node.meta.get("origin", node.name))
 
 
 def _surroundings(nodes: tuple[fx.Node, ...], op: GraphOps) -> str:

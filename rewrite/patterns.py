@@ -73,6 +73,7 @@ class Entry:
     ``required`` holds sets of targets (by id): among the operands of the node, one of each set must be found.
     """
 
+    root: Call
     target: Callable[..., Any]
     required: tuple[frozenset[int], ...]
     match: Matcher
@@ -115,13 +116,14 @@ def compile_pattern(before: Callable[..., Any], explain: bool = False) -> Patter
     firsts = roots[0].alternatives if isinstance(roots[0], AnyOf) else (roots[0],)
     if not all(isinstance(first, Call) for first in firsts):
         raise PatternError("the left side must be an op")
-    entries = tuple(
-        Entry(first.op.target, _required(first), _Writer(variables, (first, *roots[1:]), explain).function()) for first in firsts
-    )
+    entries = []
+    for first in firsts:
+        match = _Writer(variables, (first, *roots[1:]), explain).function()
+        entries.append(Entry(first, first.op.target, _required(first), match))
     calls = [call for root in roots for call in calls_of(root)]
     named = frozenset(id(call.op.target) for call in calls)
     reads = frozenset((id(call.op.target), id(operand.op.target)) for call in calls for operand in operands_of(call.args))
-    return Pattern(variables, roots, entries, sum(map(size_of, roots)), max(map(depth_of, roots)), named, reads)
+    return Pattern(variables, roots, tuple(entries), sum(map(size_of, roots)), max(map(depth_of, roots)), named, reads)
 
 
 def _required(root: Call) -> tuple[frozenset[int], ...]:

@@ -22,7 +22,7 @@ from torch import fx
 
 from .emit import Editor
 from .engine import apply_rules
-from .equation import Equation, Match, dtype, is_vector, rank, require_sole_readers, shape, width
+from .equation import Equation, Match, dtype, is_vector, rank, require_match, shape, width
 from .errors import Refused, require
 from .ops import Operand, Ops, OptionalWeight, Scalar, Tensor, Weight
 from .pass_base import Context
@@ -135,8 +135,7 @@ def _explain(rule: Rule, pattern: Pattern, match: Any, root: fx.Node, editor: Ed
 
 def _refusal(rule: Rule, match: Match) -> str:
     try:
-        rule.where(match)
-        require_sole_readers(rule, match)
+        require_match(rule, match)
     except Refused as refusal:
         return str(refusal)
     return ""

@@ -230,3 +230,18 @@ def operands_of(args: Sequence[Any]) -> Iterator[Call]:
             yield arg
         else:
             yield from operands_of(children(arg))
+
+
+def may_meet(a: Any, b: Any) -> bool:
+    """Whether one value could fit both patterns, as far as their ops and literals tell."""
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, AnyOf):
+            return any(may_meet(alternative, y) for alternative in x.alternatives)
+        if isinstance(x, (Variable, Fact)):
+            return not isinstance(y, Call) or (isinstance(x, Variable) and x.kind not in ("scalar", "parameter"))
+    if isinstance(a, Call) and isinstance(b, Call):
+        exchanged = [(*a.args[1::-1], *a.args[2:])] if a.op.commutative else []
+        return a.op.target is b.op.target and any(may_meet(args, b.args) for args in (a.args, *exchanged))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(may_meet, a, b))
+    return not isinstance(a, Call) and not isinstance(b, Call) and bool(a == b)
