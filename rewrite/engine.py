@@ -86,34 +86,36 @@ class _Index:
             names = tuple(variable.name for variable in pattern.variables)
             for entry in pattern.entries:
                 self.candidates.setdefault(id(entry.target), []).append(_Candidate(rule, entry, names))
-        required = (targets for group in self.candidates.values() for c in group for targets in c.entry.required)
-        self.required = frozenset[int]().union(*required)
         self.named = frozenset[int]().union(*(pattern.named for pattern in patterns.values()))
         self.reads = frozenset[tuple[int, int]]().union(*(pattern.reads for pattern in patterns.values()))
         self.depth = max((pattern.depth for pattern in patterns.values()), default=0)
-        self.memo: dict[tuple[int, frozenset[int]], tuple[_Candidate, ...]] = {}
-        self.known_rivals: dict[Equation, dict[int, list[_Candidate]]] = {}
+        self.memo: dict[tuple[Any, ...], tuple[_Candidate, ...]] = {}
+        self.known_rivals: dict[Equation, set[int]] = {}
 
     def at(self, node: fx.Node) -> tuple[_Candidate, ...]:
         """The candidates at ``node`` whose required operands are there, in order."""
-        target = id(node.target)
-        operands = self.required.intersection([id(operand.target) for operand in node.all_input_nodes])
-        known = self.memo.get((target, operands))
+        target, named = id(node.target), self.named
+        operands = [
+            (i, *[j for below in operand.all_input_nodes if (j := id(below.target)) in named])
+            for operand in node.all_input_nodes
+            if (i := id(operand.target)) in named
+        ]
+        question = (target, *operands)
+        known = self.memo.get(question)
         if known is None:
-            fits = [c for c in self.candidates[target] if not any(map(operands.isdisjoint, c.entry.required))]
-            known = self.memo[target, operands] = tuple(fits)
+            known = self.memo[question] = tuple(c for c in self.candidates[target] if c.entry.may_fit(operands))
         return known
 
-    def rivals(self, rule: Equation) -> dict[int, list[_Candidate]]:
-        """By target, the candidates of other rules that could fit at a node that ``rule`` names."""
+    def rivals(self, rule: Equation) -> set[int]:
+        """The targets of the nodes that ``rule`` names at which another rule could fit too."""
         known = self.known_rivals.get(rule)
         if known is None:
-            known = self.known_rivals[rule] = {}
             calls = {id(call): call for root in compiled(rule).roots for call in calls_of(root)}.values()
-            for target in dict.fromkeys(id(call.op.target) for call in calls):
-                others = [c for c in self.candidates.get(target, ()) if c.rule is not rule]
-                if rivals := [c for c in others if any(may_meet(c.entry.root, call) for call in calls)]:
-                    known[target] = rivals
+            known = self.known_rivals[rule] = set()
+            for call in calls:
+                others = (c for c in self.candidates.get(id(call.op.target), ()) if c.rule is not rule)
+                if any(may_meet(c.entry.root, call) for c in others):
+                    known.add(id(call.op.target))
         return known
 
     def above(self, roots: Sequence[fx.Node]) -> list[fx.Node]:
@@ -229,8 +231,9 @@ class _Engine:
 
     def losers(self, rule: Equation, match: Match) -> list[tuple[Equation, fx.Node]]:
         """The other rules that would fire at nodes of ``match``, and where."""
-        rivals = self.index.rivals(rule)
-        pairs = [(rival, node) for node in match.nodes for rival in rivals.get(id(node.target), ())] if rivals else []
+        contested = self.index.rivals(rule)
+        nodes = [node for node in match.nodes if id(node.target) in contested] if contested else []
+        pairs = [(rival, node) for node in nodes for rival in self.index.at(node) if rival.rule is not rule]
         return [(rival.rule, node) for rival, node in pairs if (rival.rule, node) not in self.refusals and self.fits(rival, node)]
 
     def fits(self, candidate: _Candidate, node: fx.Node) -> bool:

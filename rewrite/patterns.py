@@ -64,19 +64,28 @@ _WAYS = itertools.count()
 
 
 Matcher = Callable[..., Iterator[Found]]
+Need = dict[int, tuple[frozenset[int], ...]]
+"""What one operand may be: its target, and sets of targets of each of which one is among its own operands. By id."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One way into a pattern: its function, tried at nodes of one target that have the required operands.
 
-    ``required`` holds sets of targets (by id): among the operands of the node, one of each set must be found.
+    ``required`` holds needs: among the operands of the node, each must be met by one.
     """
 
     root: Call
     target: Callable[..., Any]
-    required: tuple[frozenset[int], ...]
+    required: tuple[Need, ...]
     match: Matcher
+
+    def may_fit(self, operands: Sequence[tuple[int, ...]]) -> bool:
+        """Whether a node with these ``operands`` may be its root: each a target, followed by those of its own operands."""
+        for need in self.required:
+            if not any(at[0] in need and all(map(set(at[1:]).intersection, need[at[0]])) for at in operands):
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -126,9 +135,21 @@ def compile_pattern(before: Callable[..., Any], explain: bool = False) -> Patter
     return Pattern(variables, roots, tuple(entries), sum(map(size_of, roots)), max(map(depth_of, roots)), named, reads)
 
 
-def _required(root: Call) -> tuple[frozenset[int], ...]:
+def _required(root: Call) -> tuple[Need, ...]:
     """What must be among the operands of the root: a few set operations reject most nodes."""
-    return tuple(frozenset(targets) for targets in map(_targets, root.args) if targets)
+    return tuple(need for need in map(_need, root.args) if need)
+
+
+def _need(pattern: Any) -> Need:
+    """What ``pattern`` may be, two ops deep; empty if it may be anything."""
+    if isinstance(pattern, Call):
+        return {id(pattern.op.target): tuple(frozenset(targets) for targets in map(_targets, pattern.args) if targets)}
+    needs = list(map(_need, pattern.alternatives)) if isinstance(pattern, AnyOf) else []
+    joined: Need = {}
+    for target, below in (item for need in needs for item in need.items()):
+        # Two spellings of one op: only what both need is needed.
+        joined[target] = below if target not in joined else tuple(n for n in below if n in joined[target])
+    return joined if all(needs) else {}
 
 
 def _targets(pattern: Any) -> set[int]:
