@@ -87,6 +87,12 @@ class Entry:
                 return False
         return True
 
+    def resembles(self, node: fx.Node) -> bool:
+        """Whether ``node`` is an op of the root's kind that reads one op it should read."""
+        if node.target is not self.target:
+            return False
+        return any(id(operand.target) in need for operand in node.all_input_nodes for need in self.required)
+
 
 @dataclass(frozen=True)
 class Pattern:

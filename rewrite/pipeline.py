@@ -20,7 +20,7 @@ from .errors import ClaimBroken
 from .evidence import Evidence
 from .pass_base import Context, Log, Pass, Refusal
 from .program import Program
-from .rules import Rule
+from .rules import Rule, note_misses
 from .target import Gain, Target
 from .verification import check_program
 
@@ -78,6 +78,7 @@ def run_passes(
         context.fuel = fuel
         context.log.applications.clear()
         context.log.notes.clear()
+        context.log.misses.clear()
         program.restore(original.copy())
         outcome.evidence = _apply_one_by_one(admitted, program, original, context, outcome)
     outcome.seconds["verification"] = perf_counter() - start
@@ -108,6 +109,7 @@ def _apply(group: Sequence[Pass], program: Program, context: Context) -> None:
     rules = [p for p in group if isinstance(p, Rule)]
     if rules:
         apply_rules(rules, program, context)
+        note_misses(rules, program, context)
         return
     for rewrite in group:
         rewrite.run(program, context)
