@@ -153,7 +153,7 @@ class OnnxRuntime:
             layers = commonest_layers(program) if self.device == "cpu" else None
             return _UNMEASURED if layers is None else recorded_layers(layers)
         if pass_name in FUSED:
-            return fused_sum(*FUSED[pass_name], on_cpu=self.device == "cpu")
+            return fused_sum(*FUSED[pass_name], on_cpu=self.device == "cpu") if _normalizes_a_sum(program) else None
         norms = commonest_norm(program) if pass_name == NORM else None
         return recorded_norms(norms) if norms is not None and self.device == "cpu" else None
 
@@ -226,6 +226,11 @@ def fused_sum(apart: str, fused: str, before: float, after: float, *, on_cpu: bo
         return Gain(True, None, None, f"one {fused} kernel instead of {apart}; it was never measured here")
     note = f"{apart} take {before:.0f} µs and one {fused} {after:.0f} µs at [1, 128, 768], recorded"
     return Gain(after <= before, before, after, note)
+
+
+def _normalizes_a_sum(program: Program) -> bool:
+    norms = (x for op in (_LAYER_NORM, _RMS_NORM) for x in program.graph.find_nodes(op="call_function", target=op))
+    return any(norm.args[0].target is torch.ops.aten.add.Tensor for norm in norms)
 
 
 def commonest_norm(program: Program) -> Norms | None:

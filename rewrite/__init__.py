@@ -19,13 +19,20 @@ What everything speaks of:
     expected.py     What a captured graph expects of its inputs
     calibration.py  Run a program on the user's data; a pass sees the values of chosen nodes
 
+One vocabulary, and emission in it:
+
+    library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
+    ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
+    metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
+    emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
+    substitution.py New nodes stand for old ones: whoever reads them can still run, and nothing else notices
+
 From a model to a program:
 
     record.py       One eager run of the user's model, which leaves the model as it was
     build.py        An exported program becomes a ``Program``
-    metas.py        The metadata of a call is what the call gives on the metadata of its operands
     functional.py   In-place calls become functional where nothing else sees the memory
-    canonical.py    Canonical form: one spelling per fact
+    canonical.py    Canonical form, of graphs and of patterns: one spelling per fact
     export.py       ``torch.export`` with free sizes, tried in order
     example.py      The example call, and other calls to try a capture with
     modes.py        One program for both modes: the train export and the eval export, compared call by call
@@ -46,11 +53,8 @@ Holding a program to a claim:
 
 Rules: two sides of an equation:
 
-    library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
-    ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
-    metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
-    emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
     equation.py     The two sides of a rule, and what its ``where`` may ask of a match
+    symbols.py      ``before`` over symbols: variables as their annotations narrow them, calls, spellings
     patterns.py     ``before`` as a matcher that backtracks, and says how far it came
     region.py       The region one application touches, held to its claim
     engine.py       The engine: rules to a fixpoint, each application a transaction

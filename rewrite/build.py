@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from ._torch import set_grad_enabled_region, unlifted_module
 from .interpret import writes
+from .ops import form_of
 from .program import Program
 from .signature import Signature
 from .weights import Weights
@@ -215,9 +216,9 @@ class _Translation:
 
 
 def spell(node: fx.Node) -> None:
-    """Arguments that can stand by position do; those that repeat the schema's default at the end are left out.
+    """Arguments that can stand by position do; those that change no value or repeat the schema's default are left out.
 
-    layer_norm(x, [8], weight=w, bias=b, eps=1e-5)  =  layer_norm(x, [8], w, b)
+    layer_norm(x, [8], weight=w, bias=b, eps=1e-5, cudnn_enable=False)  =  layer_norm(x, [8], w, b)
     """
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return
@@ -227,6 +228,11 @@ def spell(node: fx.Node) -> None:
     last = max((i for i, a in enumerate(positional) if a.name in kwargs), default=-1)
     for argument in positional[len(args) : last + 1]:
         args.append(kwargs.pop(argument.name, argument.default_value))
+    form = form_of(node.target)
+    assert form is not None
+    for position in form.ignored:
+        args[position : position + 1] = [form.defaults[position]] if position < len(args) else []
+        kwargs.pop(form.names[position], None)
     required = sum(not a.has_default_value() for a in positional)
     while len(args) > required and _is_default(args[-1], positional[len(args) - 1]):
         args.pop()

@@ -1,34 +1,47 @@
 """One spelling per fact: what a capture writes in several ways, or for nothing, is written one way or not at all.
 
-Each rule is one equation; the rules are applied until none fires. All are bit for bit exact in values and gradients,
-except the rules that make a product with a weight a ``linear`` (they may sum in another order).
+Each step is one equation with a claim; they are applied until none fires. All are bit for bit exact in values and
+gradients, except those that make a product with a weight a ``linear``, which may sum in another order.
+
+``SPELLINGS`` are written over ``op``: the same code brings a graph and the left side of a rule to canonical form, so that
+a pattern written with ``view``, ``bmm`` or ``type_as`` finds what the graph has in their place.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ._torch import FakeTensorMode, erased, no_new_guards
-from .build import drop_dead, spell
+from ._torch import erased, no_new_guards
+from .build import drop_dead
+from .claims import ALGEBRAIC, BITWISE, Claim
+from .emit import Editor, GraphOps
+from .errors import Refused
 from .functional import mark_writes
 from .interpret import may_alias
-from .metas import meta_of, refresh, same_meta
-from .program import Program, arguments, inherit
+from .ops import Ops, fill
+from .program import Program, arguments
 from .record import silence
 from .shapes import Size, product, same, same_shape, static
-from .weights import expression_of, opaque
+from .substitution import compare
+from .weights import opaque
 
 aten = torch.ops.aten
 _END = 2**63 - 1
 
+Judge = Callable[[Claim, fx.Node, fx.Node, GraphOps], None]
 
-def canonicalize(program: Program) -> Program:
+
+def canonicalize(program: Program, judge: Judge | None = None) -> Program:
     """Bring the graph of ``program`` to canonical form, in place; a second call changes nothing.
+
+    Args:
+        judge: is shown each step before it is made: its claim, the old node, the new one, and what was emitted for it.
 
     Example: ``str(canonicalize(program)) == str(canonicalize(program.copy()))``
     """
@@ -37,76 +50,83 @@ def canonicalize(program: Program) -> Program:
     with no_new_guards(program.fake_mode), silence():
         changed = True
         while changed:
-            fired = [editor.visit(node) for node in list(program.graph.nodes)]
+            fired = [_visit(node, editor, judge) for node in list(program.graph.nodes)]
             changed = any(fired) | drop_dead(program.graph)
     mark_writes(program)
     return program
 
 
-class Editor:
-    """Applies rules to the nodes of one program, and makes the nodes they ask for."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.mode: FakeTensorMode | None = program.fake_mode
-        self.at: fx.Node | None = None
-        self.made: list[fx.Node] = []
-
-    def visit(self, node: fx.Node) -> bool:
-        """Apply the first rule that fires at ``node``."""
-        if erased(node) or node.op != "call_function" or not node.users or opaque(node) or any(map(opaque, node.all_input_nodes)):
-            return False
-        for rule in _RULES.get(_packet(node), ()):
-            self.at, self.made = node, []
-            result = rule(node, self)
-            if result is not None and self._replace(node, result):
-                return True
-            for extra in reversed(self.made):
-                self.program.graph.erase_node(extra)
+def _visit(node: fx.Node, editor: Editor, judge: Judge | None) -> bool:
+    """Make the first step that can be made at ``node``."""
+    if erased(node) or node.op != "call_function" or not node.users or opaque(node) or any(map(opaque, node.all_input_nodes)):
         return False
+    for step in _steps(node):
+        op = editor.before(node, fold=False)
+        try:
+            result = step.result(op, node)
+            if isinstance(result, fx.Node) and _stand_in(node, result, step, op, judge):
+                return True
+        except Refused:
+            pass
+        op.rollback()
+    return False
 
-    def call(self, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new call before the visited node, with its metadata and provenance."""
-        assert self.at is not None
-        with self.program.graph.inserting_before(self.at):
-            node = self.program.graph.create_node("call_function", target, args, kwargs, name=target._schema.name.split("::")[1])
-        inherit(node, self.at)
-        node.meta["val"] = meta_of(target, node.args, node.kwargs, self.mode)
-        spell(node)
-        self.made.append(node)
-        return node
 
-    def is_weight(self, node: Any) -> bool:
-        return expression_of(node, self.program.weights) is not None
-
-    def _replace(self, node: fx.Node, other: fx.Node) -> bool:
-        """Let the readers of ``node`` read ``other``; False, and nothing changed, if that cannot be done."""
-        before, after = node.meta.get("val"), other.meta.get("val")
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-            return False
-        if before.dtype != after.dtype or not same_shape(before.shape, after.shape) or before.device != after.device:
-            return False
-        readers = list(node.users)
-        if _packet(node) in _COPIES and other not in self.made:
-            # What the caller gets stays a tensor of its own; only readers inside the graph see the original.
-            readers = [reader for reader in readers if not _returned(reader)]
-        if not readers:
-            return False
-        node.replace_all_uses_with(other, delete_user_cb=lambda reader: reader in readers)
-        # Readers see a difference only in the layout.
-        fresh = {} if same_meta(before, after) else refresh(readers, self.mode)
-        if fresh is None:
-            for reader in readers:
-                reader.replace_input_with(other, node)
-            return False
-        for reader, value in fresh.items():
+def _stand_in(node: fx.Node, other: fx.Node, step: Step | Spelling, op: GraphOps, judge: Judge | None) -> bool:
+    """Let the readers of ``node`` read ``other``; False if none of them may."""
+    if not isinstance(node.meta.get("val"), Tensor) or not isinstance(other.meta.get("val"), Tensor):
+        return False
+    readers = list(node.users)
+    if _packet(node) in _COPIES and other not in op.created:
+        # What the caller gets stays a tensor of its own; only readers inside the graph see the original.
+        readers = [reader for reader in readers if not _returned(reader)]
+    if not readers:
+        return False
+    overlay = compare([node], [other], op.editor.metadata, readers)
+    if judge is not None:
+        judge(step.claim, node, other, op)
+    node.replace_all_uses_with(other, delete_user_cb=lambda reader: reader in readers)
+    for reader, value in overlay.items():
+        if reader is not node:
             reader.meta["val"] = value
-        if not node.users:
-            self.program.graph.erase_node(node)
-        return True
+    if not node.users:
+        op.program.graph.erase_node(node)
+    return True
 
 
-Rule = Callable[[fx.Node, Editor], fx.Node | None]
+@dataclass(frozen=True)
+class Step:
+    """One equation of the canonical form: what stands for a node, given an ``op`` to make it with; None if nothing does."""
+
+    result: Callable[[GraphOps, fx.Node], Any]
+    claim: Claim = BITWISE
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """call(*args) = after(op, *args), over any ``op``; ``after`` gives None where it is no equation.
+
+    Attributes:
+        where: what a graph must know beyond that; a pattern, which cannot know it, keeps both spellings.
+    """
+
+    after: Callable[..., Any]
+    where: Callable[..., bool] | None = None
+    claim: Claim = BITWISE
+
+    def result(self, op: GraphOps, node: fx.Node) -> Any:
+        args = fill(node.target, node.args, dict(node.kwargs))
+        return self.after(op, *args) if self.where is None or self.where(*args) else None
+
+
+def respell(op: Ops, target: Any, args: tuple[Any, ...], call: Any) -> Any:
+    """``call``, which is ``target(*args)`` over ``op``, in canonical form."""
+    for spelling in SPELLINGS.get(target, ()):
+        new = spelling.after(op, *args)
+        if new is not None:
+            return new if spelling.where is None else op.any_of(new, call)
+    return call
+
 
 # Calls whose result is a new tensor, although it may hold what another one holds.
 _COPIES = frozenset({"clone", "contiguous", "cat", "add", "sub", "mul", "div", "repeat", "lift_fresh_copy", "_to_copy"})
@@ -130,7 +150,7 @@ def _returned(reader: fx.Node) -> bool:
 # -- nothing happens ------------------------------------------------------------------------------------------
 
 
-def drop_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_cast(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """to(x, dtype of x) = x"""
     x, given = node.args[0], arguments(node)
     if given.get("copy") or given.get("memory_format") not in (None, torch.preserve_format):
@@ -138,24 +158,24 @@ def drop_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
     return _same_meta(node, x) if _dtype(node) == _dtype(x) else None
 
 
-def drop_alias(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_alias(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """alias(x) = x;  lift_fresh_copy(x) = x"""
     return _node(node.args[0])
 
 
-def drop_detach(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_detach(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """detach(x) = x where no gradient flows into x"""
     x = _node(node.args[0])
     if x is None or not _dtype(x):
         return None
-    if x.op == "get_attr" and x.target in edit.program.weights:
-        return x if edit.program.weights[str(x.target)].kind != "parameter" else None
+    if x.op == "get_attr" and x.target in op.program.weights:
+        return x if op.program.weights[str(x.target)].kind != "parameter" else None
     if x.target is aten.detach.default or not (_dtype(x).is_floating_point or _dtype(x).is_complex):
         return x
     return None
 
 
-def drop_slice(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_slice(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """slice(x, k, 0, end) = x where end is at least the size of axis k"""
     given = arguments(node)
     x, start, end, step = _node(given["self"]), given["start"], given["end"], given["step"]
@@ -168,12 +188,12 @@ def drop_slice(node: fx.Node, edit: Editor) -> fx.Node | None:
     return None
 
 
-def drop_reshape(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_reshape(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """reshape(x, shape of x) = x;  expand, repeat, permute and transpose likewise"""
     return _same_meta(node, node.args[0])
 
 
-def drop_permute(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_permute(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """permute(x, 0 1 2 …) = x;  transpose(x, k, k) = x"""
     x = _node(node.args[0])
     rank = len(_shape(x)) if x is not None else 0
@@ -184,13 +204,7 @@ def drop_permute(node: fx.Node, edit: Editor) -> fx.Node | None:
     return x if order == list(range(rank)) else None
 
 
-def drop_double_transpose(node: fx.Node, edit: Editor) -> fx.Node | None:
-    """t(t(x)) = x"""
-    inner = _node(node.args[0])
-    return _node(inner.args[0]) if inner is not None and inner.target is aten.t.default else None
-
-
-def drop_contiguous(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_contiguous(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """contiguous(x) = x and clone(x) = x where x has this layout already, or where every reader is a reshape"""
     x = _node(node.args[0])
     layout = arguments(node).get("memory_format")
@@ -201,7 +215,7 @@ def drop_contiguous(node: fx.Node, edit: Editor) -> fx.Node | None:
     return x if all(user.target is aten.reshape.default for user in node.users) else None
 
 
-def drop_zero(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_zero(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """x + 0 = x for integers;  x - 0 = x"""
     x, zero = _node(node.args[0]), node.args[1]
     if x is None or not _is_number(zero, 0) or not _dtype(x):
@@ -210,20 +224,20 @@ def drop_zero(node: fx.Node, edit: Editor) -> fx.Node | None:
     return _same_meta(node, x) if _packet(node) == "sub" or not _dtype(x).is_floating_point else None
 
 
-def drop_one(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_one(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """x · 1 = x;  x / 1 = x"""
     if _packet(node) == "div" and "rounding_mode" in node.kwargs:
         return None
     return _same_meta(node, node.args[0]) if _is_number(node.args[1], 1) else None
 
 
-def drop_dropout(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_dropout(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """dropout(x, p, False) = x;  dropout(x, 0, …) = x"""
     given = arguments(node)
     return _node(node.args[0]) if given["train"] is False or _is_number(given["p"], 0) else None
 
 
-def drop_empty_cat(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_empty_cat(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """cat([empty, x]) = x;  cat([x]) = x"""
     parts = [part for part in node.args[0] if static(product(_shape(part))) != 0]  # type: ignore[union-attr, arg-type]
     return _same_meta(node, parts[0]) if len(parts) == 1 else None
@@ -232,78 +246,80 @@ def drop_empty_cat(node: fx.Node, edit: Editor) -> fx.Node | None:
 # -- one spelling ---------------------------------------------------------------------------------------------
 
 
-def spell_view(node: fx.Node, edit: Editor) -> fx.Node | None:
-    """view(x, s) = reshape(x, s)"""
-    return edit.call(aten.reshape.default, node.args[0], node.args[1])
-
-
-def spell_shape(node: fx.Node, edit: Editor) -> fx.Node | None:
+def spell_shape(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """reshape_as(x, y) = reshape(x, s) where y has the shape s for every input: then y is not read"""
     sizes = [static(size) for size in _shape(node)]
-    return None if None in sizes else edit.call(aten.reshape.default, node.args[0], sizes)
+    return None if None in sizes else op.reshape(node.args[0], sizes)  # type: ignore[no-any-return]
 
 
-def spell_cast(node: fx.Node, edit: Editor) -> fx.Node | None:
-    """to(x, dtype=d, device of x, layout of x) = to(x, d);  type_as(x, y) = to(x, dtype of y)"""
+def spell_cast(op: GraphOps, node: fx.Node) -> fx.Node | None:
+    """to(x, dtype=d, device of x, layout of x) = to(x, d)"""
     x, given = _node(node.args[0]), arguments(node)
     if x is None or node.target is aten.to.dtype or _dtype(x) is None or _device(node) != _device(x):
         return None
     extra = ("copy", "pin_memory", "memory_format", "non_blocking")
     if any(given.get(name) not in (None, False, torch.preserve_format) for name in extra) or _packet(node) == "_to_copy":
         return None
-    return edit.call(aten.to.dtype, x, _dtype(node))
+    return op.cast(x, _dtype(node))  # type: ignore[no-any-return]
 
 
-def spell_product(node: fx.Node, edit: Editor) -> fx.Node | None:
+def spell_type(op: Ops, x: Any, y: Any) -> Any:
+    """type_as(x, y) = to(x, dtype of y)"""
+    return op.cast(x, op.dtype(y))
+
+
+def spell_view(op: Ops, x: Any, shape: Any) -> Any:
+    """view(x, s) = reshape(x, s)"""
+    return op.reshape(x, shape)
+
+
+def spell_product(op: Ops, x: Any, y: Any) -> Any:
     """bmm(x, y) = matmul(x, y)"""
-    return edit.call(aten.matmul.default, *node.args)
+    return op.matmul(x, y)
 
 
-def merge_reshapes(node: fx.Node, edit: Editor) -> fx.Node | None:
+def merge_reshapes(op: Ops, x: Any, shape: Any) -> Any:
     """reshape(reshape(x, s), r) = reshape(x, r)"""
-    inner = _node(node.args[0])
-    if inner is None or inner.target is not aten.reshape.default:
-        return None
-    return edit.call(aten.reshape.default, inner.args[0], node.args[1])
+    inner = op.inside(x, "reshape")
+    return None if inner is None else op.reshape(inner[0], shape)
 
 
-def drop_softmax_dtype(node: fx.Node, edit: Editor) -> fx.Node | None:
+def drop_double_transpose(op: Ops, x: Any) -> Any:
+    """t(t(x)) = x"""
+    inner = op.inside(x, "t")
+    return None if inner is None else inner[0]
+
+
+def drop_softmax_dtype(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """softmax(x, k, dtype of x) = softmax(x, k)"""
     x, dim, dtype = (arguments(node)[name] for name in ("self", "dim", "dtype"))
-    return edit.call(aten.softmax.int, x, dim) if dtype is not None and dtype == _dtype(x) else None
-
-
-def drop_norm_flag(node: fx.Node, edit: Editor) -> fx.Node | None:
-    """layer_norm(x, n, w, b, eps, flag) = layer_norm(x, n, w, b, eps): PyTorch does not read the flag"""
-    given = arguments(node)
-    if given["cudnn_enable"] is True:
-        return None
-    return edit.call(aten.layer_norm.default, *(given[name] for name in ("input", "normalized_shape", "weight", "bias", "eps")))
+    return op.softmax(x, dim) if dtype is not None and dtype == _dtype(x) else None
 
 
 # -- products with a weight are linear ------------------------------------------------------------------------
 
 
-def linear_from_addmm(node: fx.Node, edit: Editor) -> fx.Node | None:
+def linear_from_addmm(op: Ops, b: Any, x: Any, W: Any, beta: Any, alpha: Any) -> Any:
     """addmm(b, x, W) = linear(x, t(W), b)"""
-    given = arguments(node)
-    b, x, W = given["self"], given["mat1"], given["mat2"]
-    if not edit.is_weight(W) or edit.is_weight(x) or not (_is_number(given["alpha"], 1) and _is_number(given["beta"], 1)):
+    if not op.constant(W) or op.constant(x) or not (_is_number(beta, 1) and _is_number(alpha, 1)):
         return None
-    if len(_shape(b)) != 1 or not same(_shape(b)[0], _shape(W)[1]) or _dtype(b) != _dtype(x):
-        return None
-    return edit.call(aten.linear.default, x, _transposed(W, edit), b)
+    return op.linear(x, op.t(W), b)
 
 
-def linear_from_matmul(node: fx.Node, edit: Editor) -> fx.Node | None:
+def _one_bias(b: Any, x: Any, W: Any, beta: Any, alpha: Any) -> bool:
+    return len(_shape(b)) == 1 and same(_shape(b)[0], _shape(W)[1]) and _dtype(b) == _dtype(x)
+
+
+def linear_from_matmul(op: Ops, x: Any, W: Any) -> Any:
     """matmul(x, W) = linear(x, t(W));  mm(x, W) likewise"""
-    x, W = node.args[0], node.args[1]
-    if not edit.is_weight(W) or edit.is_weight(x) or len(_shape(W)) != 2 or not _shape(x):
-        return None
-    return edit.call(aten.linear.default, x, _transposed(W, edit))
+    return op.linear(x, op.t(W)) if op.constant(W) and not op.constant(x) else None
 
 
-def lift_reshape(node: fx.Node, edit: Editor) -> fx.Node | None:
+def _one_matrix(x: Any, W: Any) -> bool:
+    return len(_shape(W)) == 2 and len(_shape(x)) > 0
+
+
+def lift_reshape(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """reshape(linear(reshape(x, [-1, k]), W, b), [*lead, n]) = linear(reshape(x, [*lead, k]), W, b)"""
     inner = _node(node.args[0])
     if inner is None or inner.target is not aten.linear.default or len(inner.users) != 1:
@@ -312,50 +328,53 @@ def lift_reshape(node: fx.Node, edit: Editor) -> fx.Node | None:
     if flat is None or flat.target is not aten.reshape.default or not same(_shape(node)[-1], _shape(inner)[-1]):
         return None
     sizes = list(node.args[1])  # type: ignore[arg-type]
-    x = edit.call(aten.reshape.default, flat.args[0], [*sizes[:-1], _shape(flat)[-1]])
-    return edit.call(aten.linear.default, x, *inner.args[1:])
+    x = op.reshape(flat.args[0], [*sizes[:-1], _shape(flat)[-1]])
+    return op.linear(x, *inner.args[1:])  # type: ignore[no-any-return]
 
 
-def _transposed(W: Any, edit: Editor) -> fx.Node:
-    if W.target is aten.t.default:
-        return W.args[0]  # type: ignore[no-any-return]
-    return edit.call(aten.t.default, W)
-
-
-_CASTS: tuple[Rule, ...] = (drop_cast, spell_cast)
-_RULES: dict[str, tuple[Rule, ...]] = {
+_SUM = ALGEBRAIC("a linear layer may sum in another order than the product")
+_CASTS = (Step(drop_cast), Step(spell_cast))
+_STEPS: dict[str, tuple[Step, ...]] = {
     "to": _CASTS,
-    "type_as": _CASTS,
+    "type_as": (Step(drop_cast),),
     "_to_copy": _CASTS,
-    "alias": (drop_alias,),
-    "lift_fresh_copy": (drop_alias,),
-    "detach": (drop_detach,),
-    "slice": (drop_slice,),
-    "view": (spell_view,),
-    "_unsafe_view": (spell_view,),
-    "view_as": (spell_shape,),
-    "reshape_as": (spell_shape,),
-    "reshape": (drop_reshape, lift_reshape, merge_reshapes),
-    "expand": (drop_reshape,),
-    "repeat": (drop_reshape,),
-    "permute": (drop_permute,),
-    "transpose": (drop_permute,),
-    "t": (drop_double_transpose,),
-    "contiguous": (drop_contiguous,),
-    "clone": (drop_contiguous,),
-    "add": (drop_zero,),
-    "sub": (drop_zero,),
-    "mul": (drop_one,),
-    "div": (drop_one,),
-    "cat": (drop_empty_cat,),
-    "softmax": (drop_softmax_dtype,),
-    "layer_norm": (drop_norm_flag,),
-    "addmm": (linear_from_addmm,),
-    "bmm": (spell_product,),
-    "mm": (linear_from_matmul,),
-    "matmul": (linear_from_matmul,),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), (drop_dropout,)),
+    "alias": (Step(drop_alias),),
+    "lift_fresh_copy": (Step(drop_alias),),
+    "detach": (Step(drop_detach),),
+    "slice": (Step(drop_slice),),
+    "view_as": (Step(spell_shape),),
+    "reshape_as": (Step(spell_shape),),
+    "reshape": (Step(drop_reshape), Step(lift_reshape, _SUM)),
+    "expand": (Step(drop_reshape),),
+    "repeat": (Step(drop_reshape),),
+    "permute": (Step(drop_permute),),
+    "transpose": (Step(drop_permute),),
+    "contiguous": (Step(drop_contiguous),),
+    "clone": (Step(drop_contiguous),),
+    "add": (Step(drop_zero),),
+    "sub": (Step(drop_zero),),
+    "mul": (Step(drop_one),),
+    "div": (Step(drop_one),),
+    "cat": (Step(drop_empty_cat),),
+    "softmax": (Step(drop_softmax_dtype),),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), (Step(drop_dropout),)),
 }
+_PRODUCT = Spelling(linear_from_matmul, _one_matrix, _SUM)
+SPELLINGS: dict[Any, tuple[Spelling, ...]] = {
+    aten.type_as.default: (Spelling(spell_type),),
+    aten.view.default: (Spelling(spell_view),),
+    aten._unsafe_view.default: (Spelling(spell_view),),
+    aten.reshape.default: (Spelling(merge_reshapes),),
+    aten.t.default: (Spelling(drop_double_transpose),),
+    aten.addmm.default: (Spelling(linear_from_addmm, _one_bias, _SUM),),
+    aten.bmm.default: (Spelling(spell_product),),
+    aten.mm.default: (_PRODUCT,),
+    aten.matmul.default: (_PRODUCT,),
+}
+
+
+def _steps(node: fx.Node) -> tuple[Step | Spelling, ...]:
+    return (*_STEPS.get(_packet(node), ()), *SPELLINGS.get(node.target, ()))
 
 
 # -- questions about nodes ------------------------------------------------------------------------------------

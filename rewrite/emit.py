@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from ._torch import erased, storage_key
 from .errors import require
 from .metadata import Derived, Metadata, value_of
-from .ops import CONVOLUTIONS, OPS, Op, Ops, form_of, is_pure
+from .ops import CONVOLUTIONS, OPS, Op, Ops, form_of, is_pure, normal
 from .program import Program, inherit
 from .shapes import product, static
 from .weights import Apply, Expression, Leaf, expression_of, leaves, opaque
@@ -42,9 +42,9 @@ class Editor:
         self._attributes: dict[str, fx.Node] = {}
         self._reads: dict[int, list[fx.Node]] | None = None
 
-    def before(self, anchor: fx.Node, origin: fx.Node | None = None) -> GraphOps:
+    def before(self, anchor: fx.Node, origin: fx.Node | None = None, fold: bool = True) -> GraphOps:
         """An interpretation of ``op`` that emits before ``anchor``, with the provenance of ``origin``."""
-        return GraphOps(self.program, anchor, origin=origin, editor=self)
+        return GraphOps(self.program, anchor, origin=origin, editor=self, fold=fold)
 
     def after(self, anchor: fx.Node) -> GraphOps:
         """An interpretation of ``op`` that emits right behind ``anchor``, with its provenance."""
@@ -120,14 +120,16 @@ class GraphOps(Ops):
         program: the program whose graph and weights change.
         anchor: new nodes stand before this node.
         origin: whose provenance they inherit; by default the anchor's.
+        fold: whether an op over weights alone makes a weight; False makes a node of it like of any other.
 
     Attributes:
         created: the nodes made so far, in order.
         staged: the weights entered so far.
     """
 
-    def __init__(self, program: Program, anchor: fx.Node, *, origin: fx.Node | None = None, editor: Editor | None = None) -> None:
-        self.program, self.anchor, self.origin = program, anchor, origin or anchor
+    def __init__(self, program: Program, anchor: fx.Node, *, origin: fx.Node | None = None, editor: Editor | None = None,
+                 fold: bool = True) -> None:  # fmt: skip
+        self.program, self.anchor, self.origin, self.fold = program, anchor, origin or anchor, fold
         self.editor = editor or Editor(program)
         self.created: list[fx.Node] = []
         self.staged: list[str] = []
@@ -139,6 +141,8 @@ class GraphOps(Ops):
             Refused: the op does not accept these operands.
         """
         fake = self.editor.metadata.call(op.target, args, kwargs)
+        if not self.fold:
+            return self._emit(op, args, kwargs, fake)
         operands = [*_operands(args), *_operands(kwargs.values())] if kwargs else list(_operands(args))
         if operands and isinstance(fake, Tensor) and all(map(self.constant, operands)):
             substitute = lambda x: self.expression(x) if isinstance(x, (fx.Node, Derived)) else x  # noqa: E731
@@ -156,9 +160,11 @@ class GraphOps(Ops):
         self.created.append(node)
         return node
 
-    def constant(self, x: fx.Node | Derived) -> bool:
-        """Whether ``x`` reads weights alone."""
-        return isinstance(x, Derived) or self.editor.constant(x)
+    def constant(self, x: Any) -> bool:
+        return isinstance(x, Derived) or (isinstance(x, fx.Node) and self.editor.constant(x))
+
+    def inside(self, x: Any, name: str) -> tuple[Any, ...] | None:
+        return normal(x) if isinstance(x, fx.Node) and x.target is OPS[name].target else None
 
     def expression(self, x: Any) -> Expression | None:
         """``x`` as an expression over the leaves, if it reads weights alone."""
@@ -179,6 +185,10 @@ class GraphOps(Ops):
         """A vector of one value as a weight that depends on no leaf, computed in float64."""
         fake = self.editor.metadata.call(torch.ops.aten.new_full.default, (like, [size], value), {})
         return Derived(Apply(torch.ops.aten.full.default, ((size,), value), (("dtype", torch.float64),)), fake)
+
+    def dtype(self, x: fx.Node | Derived) -> Any:
+        """The dtype of ``x``."""
+        return value_of(x).dtype
 
     def weight(self, x: Any) -> Any:
         """``x`` as a weight of its own, if it is computed from weights; anything else as it is."""

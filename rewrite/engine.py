@@ -4,6 +4,7 @@
 
 Nodes are visited downstream first, and at one node larger patterns before smaller ones, then in the declared order:
 a pattern is tried before the smaller ones inside it. What an application makes, and what reads it, is visited again.
+Where two rules could have had the same nodes, the one that came second is told who took them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from torch import fx
 
 from ._torch import erased, no_new_guards
 from .emit import Editor, GraphOps
-from .equation import Equation, Match, require_sole_readers
+from .equation import Equation, Match, require_match
 from .errors import ClaimBroken, InvalidGraph, Refused, require
-from .metadata import Derived, difference, refresh
-from .ops import OPS, is_pure, normal
+from .metadata import Derived
 from .pass_base import Context, Pass
 from .patterns import Entry, Found, Pattern, compile_pattern
 from .program import Program, line, place, target_name
 from .region import Region, hold, region_between, signature
 from .shapes import product
+from .substitution import compare, dying, erase_dead
+from .symbols import calls_of, may_meet
 from .weights import leaves
 
 _COMPILED: WeakKeyDictionary[Equation, Pattern] = WeakKeyDictionary()
@@ -84,21 +86,36 @@ class _Index:
             names = tuple(variable.name for variable in pattern.variables)
             for entry in pattern.entries:
                 self.candidates.setdefault(id(entry.target), []).append(_Candidate(rule, entry, names))
-        required = (targets for group in self.candidates.values() for c in group for targets in c.entry.required)
-        self.required = frozenset[int]().union(*required)
         self.named = frozenset[int]().union(*(pattern.named for pattern in patterns.values()))
         self.reads = frozenset[tuple[int, int]]().union(*(pattern.reads for pattern in patterns.values()))
         self.depth = max((pattern.depth for pattern in patterns.values()), default=0)
-        self.memo: dict[tuple[int, frozenset[int]], tuple[_Candidate, ...]] = {}
+        self.memo: dict[tuple[Any, ...], tuple[_Candidate, ...]] = {}
+        self.known_rivals: dict[Equation, set[int]] = {}
 
     def at(self, node: fx.Node) -> tuple[_Candidate, ...]:
         """The candidates at ``node`` whose required operands are there, in order."""
-        target = id(node.target)
-        operands = self.required.intersection([id(operand.target) for operand in node.all_input_nodes])
-        known = self.memo.get((target, operands))
+        target, named = id(node.target), self.named
+        operands = [
+            (i, *[j for below in operand.all_input_nodes if (j := id(below.target)) in named])
+            for operand in node.all_input_nodes
+            if (i := id(operand.target)) in named
+        ]
+        question = (target, *operands)
+        known = self.memo.get(question)
         if known is None:
-            fits = [c for c in self.candidates[target] if not any(map(operands.isdisjoint, c.entry.required))]
-            known = self.memo[target, operands] = tuple(fits)
+            known = self.memo[question] = tuple(c for c in self.candidates[target] if c.entry.may_fit(operands))
+        return known
+
+    def rivals(self, rule: Equation) -> set[int]:
+        """The targets of the nodes that ``rule`` names at which another rule could fit too."""
+        known = self.known_rivals.get(rule)
+        if known is None:
+            calls = {id(call): call for root in compiled(rule).roots for call in calls_of(root)}.values()
+            known = self.known_rivals[rule] = set()
+            for call in calls:
+                others = (c for c in self.candidates.get(id(call.op.target), ()) if c.rule is not rule)
+                if any(may_meet(c.entry.root, call) for c in others):
+                    known.add(id(call.op.target))
         return known
 
     def above(self, roots: Sequence[fx.Node]) -> list[fx.Node]:
@@ -124,6 +141,7 @@ class _Engine:
         self.checked: dict[Hashable, float | ClaimBroken | None] = {}
         self.fired: list[str] = []
         self.made: dict[fx.Node, Equation] = {}
+        self.conflicts: dict[tuple[Equation, str], tuple[fx.Node, Equation]] = {}
 
     # -- the worklist -----------------------------------------------------------------------------------------
 
@@ -140,6 +158,8 @@ class _Engine:
         for (rule, node), reason in self.refusals.items():
             if not erased(node):
                 self.context.refused(rule, node, reason)
+        for (loser, _), (node, winner) in self.conflicts.items():
+            self.context.refused(loser, node, f"{winner.name} took these nodes first")
 
     def drain(self) -> None:
         while self.queue:
@@ -185,11 +205,9 @@ class _Engine:
 
     def apply(self, candidate: _Candidate, found: Found) -> None:
         rule = candidate.rule
-        match = Match(dict(zip(candidate.names, found.values, strict=True)), found.roots, found.nodes, self.program)
-        written = [node for node in found.nodes if node.meta.get("tautomer_mutated")]
-        require(not written, "a value in the pattern is written in place")
-        rule.where(match)
-        require_sole_readers(rule, match)
+        match = self.match(candidate, found)
+        require_match(rule, match)
+        losers = self.losers(rule, match)
 
         op = self.editor.before(self.anchor(match), origin=match.root)
         try:
@@ -201,13 +219,33 @@ class _Engine:
             raise
 
         self.context.applied(rule, match.root, error=error)
+        self.conflicts.pop((rule, _origin(match.root)), None)
         self.commit(op, match.roots, roots, overlay)
+        self.conflicts.update({(loser, _origin(node)): (node, rule) for loser, node in losers if erased(node)})
         self.fired.append(rule.name)
         self.made.update(dict.fromkeys(roots, rule))
         if len(self.fired) > self.limit:
             cycle = " and ".join(name for name, _ in Counter(self.fired[-100:]).most_common(3))
             raise InvalidGraph(f"rewriting does not end: {cycle} keep firing", where=place(roots[0]))
         self.push([*op.created, *roots, *self.index.above(roots)])
+
+    def losers(self, rule: Equation, match: Match) -> list[tuple[Equation, fx.Node]]:
+        """The other rules that would fire at nodes of ``match``, and where."""
+        contested = self.index.rivals(rule)
+        nodes = [node for node in match.nodes if id(node.target) in contested] if contested else []
+        pairs = [(rival, node) for node in nodes for rival in self.index.at(node) if rival.rule is not rule]
+        return [(rival.rule, node) for rival, node in pairs if (rival.rule, node) not in self.refusals and self.fits(rival, node)]
+
+    def fits(self, candidate: _Candidate, node: fx.Node) -> bool:
+        """Whether a candidate would fire at ``node``, as far as its pattern and its condition tell."""
+        for found in candidate.entry.match(node, self.is_weight) if self.context.admits(candidate.rule, node) else ():
+            with contextlib.suppress(Refused):
+                require_match(candidate.rule, self.match(candidate, found))
+                return True
+        return False
+
+    def match(self, candidate: _Candidate, found: Found) -> Match:
+        return Match(dict(zip(candidate.names, found.values, strict=True)), found.roots, found.nodes, self.program)
 
     def anchor(self, match: Match) -> fx.Node:
         """Where the new nodes stand: after everything they may read, before everything that reads them."""
@@ -223,7 +261,7 @@ class _Engine:
         """The new roots and what changes downstream; what cannot stand here is refused with the graph around it."""
         try:
             roots = self.build(rule, op, match)
-            return roots, self.compare(match.roots, roots)
+            return roots, compare(match.roots, roots, self.editor.metadata)
         except Refused as refusal:
             raise Refused(f"{refusal}\n{_surroundings(match.nodes, op)}") from refusal
 
@@ -234,35 +272,12 @@ class _Engine:
             raise InvalidGraph(f"{rule.name} returns {results} for {len(match.roots)} values", where=place(match.root))
         return tuple(map(op.node, results))
 
-    def compare(self, old: tuple[fx.Node, ...], new: tuple[fx.Node, ...]) -> dict[fx.Node, Any]:
-        """New metadata by old node, where strides changed; every reader downstream must be able to run on it."""
-        metadata, overlay = self.editor.metadata, dict[fx.Node, Any]()
-        for before, after in zip(old, new, strict=True):
-            was, becomes = before.meta.get("val"), after.meta.get("val")
-            if metadata.agree(was, becomes):
-                continue
-            change = difference(was, becomes)
-            require(change is None, f"the result would change: {change}")
-            overlay[before] = becomes
-        if not overlay:
-            return overlay
-        pending = sorted({user for node in overlay for user in node.users}, reverse=True)
-        while pending:
-            node = pending.pop()
-            if node.op != "call_function" or node in overlay:
-                continue
-            value = refresh(node, metadata, overlay)
-            if not metadata.agree(node.meta.get("val"), value):
-                overlay[node] = value
-                pending = sorted({*pending, *node.users}, reverse=True)
-        return overlay
-
     def refuse_second_copies(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> None:
         """A matrix is not stored twice for one of its readers' sake."""
         large = [weight for name in op.staged if (weight := self.program.weights[name]).meta.ndim >= 2]
         if not large:
             return
-        dying, seen = _dying(roots), set[str]()
+        gone, seen = dying(roots), set[str]()
         for weight in large:
             for leaf in dict.fromkeys(leaves(weight.expression)):
                 source = self.program.weights.leaves[leaf]
@@ -270,7 +285,7 @@ class _Engine:
                     continue
                 require(leaf not in seen, f"'{leaf}' would be stored twice, edited in two ways")
                 seen.add(leaf)
-                reader = next((user for user in self.editor.readers(leaf) if user not in dying), None)
+                reader = next((user for user in self.editor.readers(leaf) if user not in gone), None)
                 if reader is not None:
                     raise Refused(f"'{leaf}' would be stored twice: {target_name(reader)} '{reader.name}' also reads it")
 
@@ -319,7 +334,7 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
     op = editor.before(before[0])
     try:
         after = tuple(emit(op))
-        overlay = engine.compare(before, after)
+        overlay = compare(before, after, editor.metadata)
         if not copies:
             engine.refuse_second_copies(op, before)
         new = Region(tuple(op.created), after, {})
@@ -336,6 +351,11 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
     engine.commit(op, before, after, overlay)
 
 
+def _origin(node: fx.Node) -> str:
+    """The captured node that ``node`` stands for, by name."""
+    return str(node.meta.get("origin", node.name))
+
+
 def _surroundings(nodes: tuple[fx.Node, ...], op: GraphOps) -> str:
     """The lines of the graph that a match touches: what it reads, itself (marked), what was to replace it, its readers."""
     near = {*nodes, *(near for node in nodes for near in (*node.all_input_nodes, *node.users)), *op.created}
@@ -348,42 +368,3 @@ def _frontier(values: Iterable[Any]) -> set[fx.Node]:
     frontier: set[fx.Node] = set()
     fx.node.map_arg(tuple(values), frontier.add)
     return frontier
-
-
-# -- dead nodes -----------------------------------------------------------------------------------------------
-
-
-def _dying(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """What nobody needs once ``roots`` are gone."""
-    dying, stack = set(roots), list(roots)
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in dying and all(user in dying for user in operand.users):
-                dying.add(operand)
-                stack.append(operand)
-    return dying
-
-
-def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Erase those of ``nodes`` that nobody reads, and what nobody reads after that. Inputs and effects stay."""
-    gone, stack = [], list(nodes)
-    while stack:
-        node = stack.pop()
-        if not node.users and not erased(node) and removable(node):
-            stack += node.all_input_nodes
-            graph.erase_node(node)
-            gone.append(node)
-    return gone
-
-
-def removable(node: fx.Node) -> bool:
-    """Whether nothing but the readers of ``node`` would notice that it is gone."""
-    if node.op == "get_attr":
-        return True
-    pure = node.op == "call_function" and (is_pure(node.target) or _draws_nothing(node))
-    return pure and not node.meta.get("tautomer_mutated")
-
-
-def _draws_nothing(node: fx.Node) -> bool:
-    """Whether ``node`` is an attention without dropout."""
-    return node.target is OPS["scaled_dot_product_attention"].target and normal(node)[4] == 0.0

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
-from .errors import Refused
+from .errors import Refused, require
 from .metadata import value_of
 from .ops import Ops, TextOps
 from .pass_base import Pass
 from .program import Program, target_name
 from .shapes import Size, static
+from .weights import MUTATED
 
 
 class Equation(Pass):
@@ -92,8 +93,14 @@ class Match:
         return next((user for user in node.users if user not in self.nodes), None)
 
 
-def require_sole_readers(rule: Equation, m: Match) -> None:
-    """Refuse if an op below the roots stays alive for another reader, and the rule does not accept that."""
+def require_match(rule: Equation, m: Match) -> None:
+    """Refuse what the pattern cannot see: memory that is written, the rule's own condition, other readers.
+
+    An op below the roots that stays alive for another reader would be computed twice; a "shared" rule accepts that.
+    """
+    for node in m.nodes:
+        require(not node.meta.get(MUTATED), "a value in the pattern is written in place")
+    rule.where(m)
     if rule.interior == "shared" or len(m.nodes) == len(m.roots):
         return
     for node in m.nodes:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch import FakeTensorMode
+from ._torch import no_new_guards
 from .build import spell
+from .errors import Refused
 from .interpret import may_alias, roots, writes
-from .metas import meta_of
+from .metadata import Metadata
 from .program import Program
 from .record import silence
 from .shapes import same_shape
@@ -25,10 +26,10 @@ from .weights import MUTATED
 def functionalize(program: Program) -> None:
     """Make in-place calls functional where that is safe, and mark the memory of those that stay."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
-    mode = program.fake_mode
-    with silence():
+    metadata = Metadata(program.fake_mode)
+    with silence(), no_new_guards(metadata.mode):
         for node in list(program.graph.nodes):
-            _make_functional(node, order, mode)
+            _make_functional(node, order, metadata)
     mark_writes(program)
 
 
@@ -43,7 +44,7 @@ def mark_writes(program: Program) -> None:
                 alias.meta[MUTATED] = True
 
 
-def _make_functional(node: fx.Node, order: dict[fx.Node, int], mode: FakeTensorMode | None) -> None:
+def _make_functional(node: fx.Node, order: dict[fx.Node, int], metadata: Metadata) -> None:
     functional = _functional_form(node.target)
     if functional is None or not node.args or not isinstance(node.args[0], fx.Node):
         return
@@ -54,7 +55,11 @@ def _make_functional(node: fx.Node, order: dict[fx.Node, int], mode: FakeTensorM
     older = {alias for alias in _family(written) if order[alias] < when and alias is not written}
     if any(order[reader] > when for alias in older for reader in alias.users):
         return
-    if not _same_type(meta_of(functional, node.args, node.kwargs, mode), node.meta.get("val")):
+    try:
+        result = metadata.call(functional, node.args, dict(node.kwargs))
+    except Refused:
+        return
+    if not _same_type(result, node.meta.get("val")):
         return
     node.target = functional
     spell(node)

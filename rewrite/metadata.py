@@ -84,8 +84,7 @@ class Metadata:
         if known := self.keys.get(id(x)):
             return known[1]
         if isinstance(x, Tensor):
-            seen = tensor_key(x.detach()) if x.requires_grad else tensor_key(x)
-            number = self.numbers.setdefault(seen, len(self.numbers))
+            number = self.numbers.setdefault(tensor_key(x), len(self.numbers))
             self.keys[id(x)] = (x, number)
             return number
         if isinstance(x, (list, tuple)):

@@ -143,6 +143,13 @@ def op_of(target: Callable[..., Any]) -> Op:
 
 
 # -- variables of a rule --------------------------------------------------------------------------------------
+#
+# An annotation types a variable, ``Annotated`` narrows it further, and ``| None`` lets it be missing:
+#
+#     q: Annotated[Tensor, "*batch n d"]                       axes by name: a name that occurs twice is one size
+#     x: Annotated[Tensor, torch.float16, torch.bfloat16]      one of these dtypes
+#     eps: Annotated[Scalar, "> 0"]                            a range
+#     b: Annotated[Weight, "d"] | None
 
 Operand = Any
 """A variable without a type: a tensor, None, a number, a dtype, a list. The default."""
@@ -153,8 +160,11 @@ Tensor = Annotated[Any, "tensor"]
 Weight = Annotated[Any, "weight"]
 """A variable that binds a weight, or anything computed from weights alone (a transposed weight)."""
 
-OptionalWeight = Annotated[Any, "optional weight"]
+OptionalWeight = Weight | None
 """A variable that binds a weight or None: a bias that may be missing."""
+
+Parameter = Annotated[Any, "parameter"]
+"""A variable that binds a weight of the table itself, not something computed from it."""
 
 Scalar = Annotated[Any, "scalar"]
 """A variable that binds a Python number."""
@@ -181,6 +191,18 @@ class Ops(ABC):
     def filled(self, size: int, value: float, like: Any) -> Any:
         """A vector of one value, with the dtype and on the device of ``like``."""
         return self(aten.new_full.default)(like, [size], value)
+
+    def dtype(self, x: Any) -> Any:
+        """The dtype of ``x``."""
+        return x.dtype
+
+    def constant(self, x: Any) -> bool:
+        """Whether ``x`` is computed from weights alone, as far as is known here."""
+        return False
+
+    def inside(self, x: Any, name: str) -> tuple[Any, ...] | None:
+        """The operands of ``x`` if it is known to be a call of the op ``name``."""
+        return None
 
     def weight(self, x: Any) -> Any:
         """``x``, computed once: what is computed from weights alone becomes a weight of its own."""
@@ -221,6 +243,9 @@ class TextOps(Ops):
 
     def width(self, x: Any) -> str:
         return "d"
+
+    def dtype(self, x: Any) -> str:
+        return f"dtype of {x}"
 
 
 def show_literal(x: Any) -> str:

@@ -66,13 +66,56 @@ class Note:
     source: str | None = None
 
 
+@dataclass(frozen=True)
+class Miss:
+    """How far a rule came at the place where it came furthest.
+
+    Attributes:
+        rule: its name.
+        depth: how many ops of the pattern had matched.
+        expected: what the pattern asks for, as text.
+        found: what the graph has there, as text.
+        node: the node of the graph nearest to the disagreement, by name.
+        pattern_line: the line of the rule, ``file:line: code``.
+        source: the user's source line, if known.
+        reason: the sentence of ``where``, if the whole pattern matched.
+        place: the module path, or the node's name.
+    """
+
+    rule: str
+    depth: int
+    expected: str
+    found: str
+    node: str
+    pattern_line: str
+    source: str | None
+    reason: str
+    place: str
+
+    @property
+    def sentence(self) -> str:
+        if self.reason:
+            return f"{self.rule} matched at {self.place} but refused: {self.reason}"
+        at = f" ({self.source})" if self.source else ""
+        return f"{self.rule} matched {self.depth} ops, then wanted {self.expected} at {self.place} and found {self.found}{at}"
+
+    def __str__(self) -> str:
+        """The sentence on lines of its own, with the line of the rule that asked."""
+        if self.reason:
+            return self.sentence + (f"\n    {self.source}" if self.source else "")
+        lines = (("wanted", self.expected, self.pattern_line), ("found", self.found, self.source))
+        told = [f"    {word:<6} {what}" + (f"\n           {where}" if where else "") for word, what, where in lines]
+        return "\n".join([f"{self.rule} matched {self.depth} ops at {self.place}, then", *told])
+
+
 @dataclass
 class Log:
-    """What happened, in order."""
+    """What happened, in order. ``misses`` has the nearest miss of each rule that found nothing, if something looked like it."""
 
     applications: list[Application] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
     _refused: set[Refusal] = field(default_factory=set, repr=False, compare=False)
 
     def refuse(self, refusal: Refusal) -> None:

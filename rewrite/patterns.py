@@ -1,4 +1,4 @@
-"""Patterns: ``before`` interpreted over symbols, compiled to one flat function, which can say why it did not match.
+"""Patterns: ``before`` compiled to one flat function, which can say why it did not match.
 
     before(op, x, g) = mul(rms_norm(x), g)     ->     def match(n0): if n0.target is mul: for l, r in both orders: …
 
@@ -11,105 +11,33 @@ The same writer, asked to explain, also notes where each attempt stopped; the de
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import linecache
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from .equation import dtype, shape
 from .errors import PatternError
-from .ops import Op, Ops, fill, form_of, is_pure, normal, show_literal
-
-# -- symbols --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Variable:
-    """A wildcard. ``kind`` is "", "tensor", "weight" or "scalar"."""
-
-    name: str
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """``op(*args)``, its arguments in normal form; ``source`` is the line of the rule that wrote it."""
-
-    op: Op
-    args: tuple[Any, ...]
-    source: str
-
-    def __str__(self) -> str:
-        form = form_of(self.op.target)
-        args = list(self.args)
-        while form and args and _is_default(args[-1], form.defaults[len(args) - 1]):
-            args.pop()
-        return f"{self.op.name}({', '.join(map(_brief, args))})"
-
-
-@dataclass(frozen=True, eq=False)
-class AnyOf:
-    """Spellings of one value."""
-
-    alternatives: tuple[Any, ...]
-
-    def __str__(self) -> str:
-        return " or ".join(dict.fromkeys(map(_brief, self.alternatives)))
-
-
-def _brief(x: Any) -> str:
-    """An operand in a sentence about something else: ``sqrt(…)``."""
-    return f"{x.op.name}(…)" if isinstance(x, Call) else show_literal(x)
-
-
-def _is_default(x: Any, default: Any) -> bool:
-    return not isinstance(x, (Variable, Call, AnyOf)) and x == default
-
-
-class Symbols(Ops):
-    """Patterns: an equation is matched."""
-
-    def apply(self, op: Op, *args: Any, **kwargs: Any) -> Call:
-        frame = sys._getframe(1)
-        source = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}: "
-        source += linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        return Call(op, _from_the_end(op, fill(op.target, args, kwargs), source), source)
-
-    def any_of(self, *alternatives: Any) -> AnyOf:
-        return AnyOf(alternatives)
-
-
-def _from_the_end(op: Op, args: tuple[Any, ...], source: str) -> tuple[Any, ...]:
-    """Axes in a pattern count from the end, as ``normal`` counts them; a permutation tells its own rank."""
-    form = form_of(op.target)
-    if form is None:
-        return args
-    normalised = list(args)
-    for position in form.dims:
-        dims = args[position]
-        if op.name == "permute" and isinstance(dims, (list, tuple)):
-            normalised[position] = [d - len(dims) if d >= 0 else d for d in dims]
-        elif any(isinstance(d, int) and d >= 0 for d in (dims if isinstance(dims, (list, tuple)) else (dims,))):
-            raise PatternError(f"the axis {dims} of op.{op.name} counts from the front", where=source, hint="count from the end")
-    return tuple(normalised)
-
-
-def trace(before: Callable[..., Any]) -> tuple[tuple[Variable, ...], tuple[Any, ...]]:
-    """The variables and the roots of ``before(op, *variables)``."""
-    parameters = list(inspect.signature(before, eval_str=True).parameters.values())[1:]
-    variables = tuple(Variable(p.name, (*get_args(p.annotation)[1:], "")[0]) for p in parameters)
-    result = before(Symbols(), *variables)
-    return variables, tuple(result) if isinstance(result, (tuple, list)) else (result,)
-
+from .metadata import value_of
+from .ops import form_of, is_pure, normal
+from .shapes import Size, same, same_shape
+from .symbols import (
+    SYMBOLS,
+    AnyOf,
+    Call,
+    Fact,
+    Variable,
+    brief,
+    calls_of,
+    depth_of,
+    operands_of,
+    size_of,
+    trace,
+    variables_of,
+)
 
 # -- compiled patterns ----------------------------------------------------------------------------------------
 
@@ -136,18 +64,34 @@ _WAYS = itertools.count()
 
 
 Matcher = Callable[..., Iterator[Found]]
+Need = dict[int, tuple[frozenset[int], ...]]
+"""What one operand may be: its target, and sets of targets of each of which one is among its own operands. By id."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One way into a pattern: its function, tried at nodes of one target that have the required operands.
 
-    ``required`` holds sets of targets (by id): among the operands of the node, one of each set must be found.
+    ``required`` holds needs: among the operands of the node, each must be met by one.
     """
 
+    root: Call
     target: Callable[..., Any]
-    required: tuple[frozenset[int], ...]
+    required: tuple[Need, ...]
     match: Matcher
+
+    def may_fit(self, operands: Sequence[tuple[int, ...]]) -> bool:
+        """Whether a node with these ``operands`` may be its root: each a target, followed by those of its own operands."""
+        for need in self.required:
+            if not any(at[0] in need and all(map(set(at[1:]).intersection, need[at[0]])) for at in operands):
+                return False
+        return True
+
+    def resembles(self, node: fx.Node) -> bool:
+        """Whether ``node`` is an op of the root's kind that reads one op it should read."""
+        if node.target is not self.target:
+            return False
+        return any(id(operand.target) in need for operand in node.all_input_nodes for need in self.required)
 
 
 @dataclass(frozen=True)
@@ -180,65 +124,38 @@ def compile_pattern(before: Callable[..., Any], explain: bool = False) -> Patter
         PatternError: a root is not an op, a variable is not reachable from the roots, or roots share nothing.
     """
     variables, roots = trace(before)
-    seen = {v for root in roots for v in _variables(root)}
+    seen = {v for root in roots for v in variables_of(root)}
     lost = [v.name for v in variables if v not in seen]
     if lost:
         raise PatternError(f"the left side does not mention {', '.join(lost)}")
     firsts = roots[0].alternatives if isinstance(roots[0], AnyOf) else (roots[0],)
     if not all(isinstance(first, Call) for first in firsts):
         raise PatternError("the left side must be an op")
-    entries = tuple(
-        Entry(first.op.target, _required(first), _Writer(variables, (first, *roots[1:]), explain).function()) for first in firsts
-    )
-    calls = [call for root in roots for call in _calls(root)]
+    entries = []
+    for first in firsts:
+        match = _Writer(variables, (first, *roots[1:]), explain).function()
+        entries.append(Entry(first, first.op.target, _required(first), match))
+    calls = [call for root in roots for call in calls_of(root)]
     named = frozenset(id(call.op.target) for call in calls)
-    reads = frozenset((id(call.op.target), id(operand.op.target)) for call in calls for operand in _operands(call.args))
-    return Pattern(variables, roots, entries, sum(map(_size, roots)), max(map(_depth, roots)), named, reads)
+    reads = frozenset((id(call.op.target), id(operand.op.target)) for call in calls for operand in operands_of(call.args))
+    return Pattern(variables, roots, tuple(entries), sum(map(size_of, roots)), max(map(depth_of, roots)), named, reads)
 
 
-def _children(pattern: Any) -> Sequence[Any]:
-    if isinstance(pattern, Call):
-        return pattern.args
-    if isinstance(pattern, AnyOf):
-        return pattern.alternatives
-    return pattern if isinstance(pattern, (list, tuple)) else ()
-
-
-def _variables(pattern: Any) -> Iterator[Variable]:
-    if isinstance(pattern, Variable):
-        yield pattern
-    for child in _children(pattern):
-        yield from _variables(child)
-
-
-def _size(pattern: Any) -> int:
-    sizes = list(map(_size, _children(pattern)))
-    return max(sizes) if isinstance(pattern, AnyOf) else sum(sizes) + isinstance(pattern, Call)
-
-
-def _depth(pattern: Any) -> int:
-    return max(map(_depth, _children(pattern)), default=0) + isinstance(pattern, Call)
-
-
-def _calls(pattern: Any) -> Iterator[Call]:
-    if isinstance(pattern, Call):
-        yield pattern
-    for child in _children(pattern):
-        yield from _calls(child)
-
-
-def _operands(args: Sequence[Any]) -> Iterator[Call]:
-    """The calls among the arguments of a call, whatever their spelling."""
-    for arg in args:
-        if isinstance(arg, Call):
-            yield arg
-        else:
-            yield from _operands(_children(arg))
-
-
-def _required(root: Call) -> tuple[frozenset[int], ...]:
+def _required(root: Call) -> tuple[Need, ...]:
     """What must be among the operands of the root: a few set operations reject most nodes."""
-    return tuple(frozenset(targets) for targets in map(_targets, root.args) if targets)
+    return tuple(need for need in map(_need, root.args) if need)
+
+
+def _need(pattern: Any) -> Need:
+    """What ``pattern`` may be, two ops deep; empty if it may be anything."""
+    if isinstance(pattern, Call):
+        return {id(pattern.op.target): tuple(frozenset(targets) for targets in map(_targets, pattern.args) if targets)}
+    needs = list(map(_need, pattern.alternatives)) if isinstance(pattern, AnyOf) else []
+    joined: Need = {}
+    for target, below in (item for need in needs for item in need.items()):
+        # Two spellings of one op: only what both need is needed.
+        joined[target] = below if target not in joined else tuple(n for n in below if n in joined[target])
+    return joined if all(needs) else {}
 
 
 def _targets(pattern: Any) -> set[int]:
@@ -278,12 +195,37 @@ def _is_scalar(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-_CHECKS = {
-    "tensor": "is_tensor({0})",
-    "weight": "is_weight({0})",
-    "optional weight": "({0} is None or is_weight({0}))",
-    "scalar": "is_scalar({0})",
-}
+def _same_fact(x: Any, fact: Any) -> bool:
+    given = value_of(x)
+    both_sizes = all(isinstance(size, (int, torch.SymInt)) for size in (given, fact))
+    return same(given, fact) if both_sizes else bool(given == fact)
+
+
+def _misfit(variables: Sequence[Variable], values: Sequence[Any]) -> tuple[Variable, Any] | None:
+    """The first variable whose value has not the axes of its annotation: too many, too few, or one name for two sizes."""
+    known: dict[str, Sequence[Size]] = {}
+    for variable, value in zip(variables, values, strict=True):
+        if value is not None and not _fit(variable.axes or (), shape(value), known):
+            return variable, value
+    return None
+
+
+def _fit(axes: tuple[str, ...], sizes: Sequence[Size], known: dict[str, Sequence[Size]]) -> bool:
+    loose = next((i for i, axis in enumerate(axes) if axis[0] in "*."), None)
+    extra = len(sizes) - len(axes)
+    if extra != 0 and (loose is None or extra < -1):
+        return False
+    at = 0
+    for i, axis in enumerate(axes):
+        given = sizes[at : at + 1 + extra] if i == loose else sizes[at : at + 1]
+        at += len(given)
+        wanted = (int(axis),) if axis.isdigit() else given if axis in ("_", "...") else known.setdefault(axis, given)
+        if not same_shape(wanted, given):
+            return False
+    return True
+
+
+_FACTS = {"width": "shape({0})[-1]", "dtype": "dtype({0})"}
 
 
 class _Writer:
@@ -294,12 +236,16 @@ class _Writer:
         self.lines: list[str] = []
         self.globals: dict[str, Any] = {
             "Node": fx.Node, "Found": Found, "normal": normal, "congruent": congruent,
-            "is_tensor": _is_tensor, "is_scalar": _is_scalar,
+            "is_tensor": _is_tensor, "is_scalar": _is_scalar, "dtype": dtype, "shape": shape,
+            "misfit_of": _misfit, "same_fact": _same_fact,
         }  # fmt: skip
         self.fresh = 0
 
     def function(self) -> Matcher:
-        self.lines = ["def match(n, is_weight, note=None):"]
+        self.lines = [
+            "def match(n, is_weight, note=None):",
+            " is_parameter = lambda x: is_weight(x) and x.op == 'get_attr'",
+        ][: 1 + any(variable.kind == "parameter" for variable in self.variables)]
         root = self.roots[0]
         self.solve(((root, "n", ""),), {}, (), self.roots[1:], 1, 0)
         source = "\n".join(self.lines)
@@ -318,8 +264,7 @@ class _Writer:
             if later:
                 self.next_root(bound, twins, later, indent, depth)
             else:
-                self.write(indent, f"if {self.distinct(bound)}:")
-                self.write(indent + 1, f"yield Found({self.result(bound, twins)})")
+                self.finish(bound, twins, indent, depth)
             return
         index = min(range(len(goals)), key=lambda i: self.rank(goals[i][0], bound))
         (pattern, at, source), rest = goals[index], goals[:index] + goals[index + 1 :]
@@ -330,7 +275,7 @@ class _Writer:
             self.solve(rest, bound, (*twins, (at, first)), later, indent + 1, depth)
             self.otherwise(pattern, at, source, indent, depth)
         elif isinstance(pattern, Variable):
-            check = _CHECKS.get(pattern.kind, "").format(at)
+            check = pattern.check.format(at)
             name = self.name("v")
             if check:
                 self.write(indent, f"if {check}:")
@@ -339,6 +284,12 @@ class _Writer:
             self.solve(rest, {**bound, id(pattern): name}, twins, later, inner, depth)
             if check:
                 self.otherwise(pattern, at, source, indent, depth)
+        elif isinstance(pattern, Fact):
+            if id(pattern.of) not in bound:
+                raise PatternError(f"op.{pattern} is asked where {brief(pattern.of)} is not bound", where=source)
+            self.write(indent, f"if same_fact({at}, {_FACTS[pattern.name].format(bound[id(pattern.of)])}):")
+            self.solve(rest, bound, twins, later, indent + 1, depth)
+            self.otherwise(pattern, at, source, indent, depth)
         elif isinstance(pattern, AnyOf):
             for alternative in pattern.alternatives:
                 self.solve(((alternative, at, source), *rest), {**bound, id(pattern): at}, twins, later, indent, depth)
@@ -351,7 +302,7 @@ class _Writer:
             arguments = tuple((arg, name, pattern.source) for arg, name in zip(pattern.args, names, strict=True))
             self.solve(arguments + rest, {**bound, id(pattern): at}, twins, later, inner, depth + 1)
             self.otherwise(pattern, at, pattern.source, indent, depth)
-        elif isinstance(pattern, (list, tuple)) and any(isinstance(p, (Variable, Call, AnyOf)) for p in pattern):
+        elif isinstance(pattern, (list, tuple)) and any(isinstance(p, SYMBOLS) for p in pattern):
             self.write(indent, f"if isinstance({at}, (list, tuple)) and len({at}) == {len(pattern)}:")
             elements = tuple((p, f"{at}[{i}]", source) for i, p in enumerate(pattern))
             self.solve(elements + rest, bound, twins, later, indent + 1, depth)
@@ -376,7 +327,23 @@ class _Writer:
             return 2
         if isinstance(pattern, AnyOf):
             return 3
+        if isinstance(pattern, Fact):
+            return 0 if id(pattern.of) in bound else 5
         return 4 if isinstance(pattern, Variable) else 0
+
+    def finish(self, bound: dict[int, str], twins: tuple[tuple[str, str], ...], indent: int, depth: int) -> None:
+        """Everything is bound: what is left are the axes that the annotations name, and that no node stands twice."""
+        asked = [v for v in self.variables if v.axes is not None and id(v) in bound]
+        inner = indent + bool(asked)
+        if asked:
+            values = "".join(f"{bound[id(v)]}, " for v in asked)
+            self.write(indent, f"misfit = misfit_of({self.constant(asked)}, ({values}))")
+            self.write(indent, "if misfit is None:")
+        self.write(inner, f"if {self.distinct(bound)}:")
+        self.write(inner + 1, f"yield Found({self.result(bound, twins)})")
+        if asked and self.explain:
+            self.write(indent, "else:")
+            self.write(indent + 1, f"note({depth}, '', *misfit)")
 
     def unpack(self, pattern: Call, names: tuple[str, ...], args: str, indent: int) -> int:
         """Write the assignment of a call's arguments; a commutative pair is a loop over both orders."""
@@ -419,14 +386,14 @@ class _Writer:
 
     def distinct(self, bound: dict[int, str]) -> str:
         """A root is no other op of the pattern: not a sibling, and not inside one."""
-        calls = {id(call): bound[id(call)] for root in self.roots for call in _calls(root) if id(call) in bound}
+        calls = {id(call): bound[id(call)] for root in self.roots for call in calls_of(root) if id(call) in bound}
         roots = self.roots if len(self.roots) > 1 else ()
         pairs = [(bound[id(root)], at) for root in roots for call, at in calls.items() if call != id(root)]
         return " and ".join(f"{root} is not {at}" for root, at in pairs) or "True"
 
     def result(self, bound: dict[int, str], twins: tuple[tuple[str, str], ...]) -> str:
         values = [bound.get(id(v), "None") for v in self.variables]
-        calls = {bound[id(p)]: None for root in self.roots for p in _calls(root) if id(p) in bound}  # a set in order
+        calls = {bound[id(p)]: None for root in self.roots for p in calls_of(root) if id(p) in bound}  # a set in order
         pairs = [f"({other}, {first})" for other, first in twins]
         groups = (values, [bound[id(root)] for root in self.roots], list(calls), pairs)
         return ", ".join(f"({''.join(f'{x}, ' for x in group)})" for group in groups) + f", {next(_WAYS)}"

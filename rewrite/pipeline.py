@@ -23,7 +23,7 @@ from .errors import ClaimBroken
 from .evidence import Difference, Evidence
 from .pass_base import Application, Context, Log, Pass, Refusal
 from .program import Program
-from .rules import Rule
+from .rules import Rule, note_misses
 from .target import Gain, Target
 from .verification import check_program, measure_program
 
@@ -128,16 +128,16 @@ def _answer(chain: Sequence[Pass], program: Program, before: Program, log: Log, 
     return Evidence(0.0, differences=(Difference(chain[0].name, chain[0].claim.name, moved),))
 
 
-_Mark = tuple[int, int]
+_Mark = tuple[int, int, int]
 
 
 def _mark(log: Log) -> _Mark:
-    return len(log.applications), len(log.notes)
+    return len(log.applications), len(log.notes), len(log.misses)
 
 
 def _forget(log: Log, mark: _Mark) -> None:
-    del log.applications[mark[0] :]
-    del log.notes[mark[1] :]
+    for entries, length in zip((log.applications, log.notes, log.misses), mark, strict=True):
+        del entries[length:]  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -166,6 +166,7 @@ def _apply(group: Sequence[Pass], program: Program, context: Context) -> None:
     rules = [p for p in group if isinstance(p, Rule)]
     if rules:
         apply_rules(rules, program, context)
+        note_misses(rules, program, context)
         return
     for rewrite in group:
         rewrite.run(program, context)

@@ -106,7 +106,7 @@ class Report:
         yield self._fired()
         if self.notes:
             yield Group(*(Text(f"  {_where(note)}: {note.text}") for note in self.notes))
-        if self.refusals:
+        if self.refusals or self.log.misses:
             yield self._refused()
         yield Group(*map(Text, self._measured()))
 
@@ -130,6 +130,8 @@ class Report:
         table = Table("did not fire", "times", "why", box=None, pad_edge=True)
         for (name, reason), count in Counter((r.rewrite, r.reason.partition("\n")[0]) for r in self.refusals).items():
             table.add_row(name, str(count), reason)
+        for miss in self.log.misses:
+            table.add_row(miss.rule, "–", f"nearest miss: {miss.sentence}")
         return table
 
     def _measured(self) -> list[str]:

@@ -15,19 +15,21 @@ class FoldNormScale(Rule):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import fx
 
 from .emit import Editor
-from .engine import apply_rules
-from .equation import Equation, Match, dtype, is_vector, rank, require_sole_readers, shape, width
+from .engine import apply_rules, compiled
+from .equation import Equation, Match, dtype, is_vector, rank, require_match, shape, width
 from .errors import Refused, require
 from .ops import Operand, Ops, OptionalWeight, Scalar, Tensor, Weight
-from .pass_base import Context
-from .patterns import AnyOf, Call, Pattern, Variable, compile_pattern
+from .pass_base import Context, Miss
+from .patterns import Pattern, compile_pattern
 from .program import Program, line, path_of, place, source_of
+from .symbols import AnyOf, Call, Fact, Variable
 
 __all__ = [
     "Match",
@@ -42,6 +44,7 @@ __all__ = [
     "dtype",
     "is_vector",
     "nearest_miss",
+    "note_misses",
     "rank",
     "require",
     "shape",
@@ -56,38 +59,24 @@ class Rule(Equation):
         apply_rules((self,), program, context)
 
 
-@dataclass(frozen=True)
-class Miss:
-    """How far a rule came at the place where it came furthest.
+_ALIKE = 2
+"""How many ops, and half of the pattern, must match before a report calls something a near miss."""
+_LOOKS = 16
+"""At how many places it looks for one."""
 
-    Attributes:
-        rule: its name.
-        depth: how many ops of the pattern had matched.
-        expected: what the pattern asks for, as text.
-        found: what the graph has there, as text.
-        node: the node of the graph nearest to the disagreement, by name.
-        pattern_line: the line of the rule, ``file:line: code``.
-        source: the user's source line, if known.
-        reason: the sentence of ``where``, if the whole pattern matched.
-        place: the module path, or the node's name.
-    """
 
-    rule: str
-    depth: int
-    expected: str
-    found: str
-    node: str
-    pattern_line: str
-    source: str | None
-    reason: str
-    place: str
-
-    @property
-    def sentence(self) -> str:
-        if self.reason:
-            return f"{self.rule} matched at {self.place} but refused: {self.reason}"
-        at = f" ({self.source})" if self.source else ""
-        return f"{self.rule} matched {self.depth} ops, then wanted {self.expected} at {self.place} and found {self.found}{at}"
+def note_misses(rules: Sequence[Rule], program: Program, context: Context) -> None:
+    """Enter the nearest miss of every rule that neither fired nor refused, if something in the graph looks like it."""
+    log = context.log
+    heard = {a.rewrite for a in log.applications} | {r.rewrite for r in log.refusals}
+    for rule in rules:
+        if rule.name in heard:
+            continue
+        entries = compiled(rule).entries
+        alike = (node for node in program.graph.nodes if context.admits(rule, node) and any(e.resembles(node) for e in entries))
+        miss = _nearest(rule, program, islice(alike, _LOOKS))
+        if miss is not None and miss.depth >= max(_ALIKE, compiled(rule).size / 2) and miss not in log.misses:
+            log.misses.append(miss)
 
 
 def nearest_miss(rule: Rule, program: Program, at: str | None = None) -> Miss | None:
@@ -96,13 +85,23 @@ def nearest_miss(rule: Rule, program: Program, at: str | None = None) -> Miss | 
     Args:
         at: only look at this node or under this module path.
     """
+
+    def asked(node: fx.Node) -> bool:
+        path = path_of(node)
+        return at is None or at in (node.name, path) or path.startswith(f"{at}.")
+
+    return _nearest(rule, program, filter(asked, program.graph.nodes))
+
+
+def _nearest(rule: Rule, program: Program, nodes: Iterable[fx.Node]) -> Miss | None:
+    targets = {entry.target for entry in compiled(rule).entries}
+    nodes = [node for node in nodes if node.op == "call_function" and node.target in targets]
+    if not nodes:
+        return None
     pattern = compile_pattern(rule.before, explain=True)
     editor = Editor(program)
     best: Miss | None = None
-    for node in program.graph.nodes:
-        path = path_of(node)
-        if at is not None and at != node.name and path != at and not path.startswith(at + "."):
-            continue
+    for node in nodes:
         for entry in pattern.entries:
             if node.target is not entry.target:
                 continue
@@ -134,8 +133,7 @@ def _explain(rule: Rule, pattern: Pattern, match: Any, root: fx.Node, editor: Ed
 
 def _refusal(rule: Rule, match: Match) -> str:
     try:
-        rule.where(match)
-        require_sole_readers(rule, match)
+        require_match(rule, match)
     except Refused as refusal:
         return str(refusal)
     return ""
@@ -143,9 +141,8 @@ def _refusal(rule: Rule, match: Match) -> str:
 
 def _show(wanted: Any) -> str:
     if isinstance(wanted, Variable):
-        article = {"weight": "a weight", "optional weight": "a weight or None", "tensor": "a tensor", "scalar": "a number"}
-        return f"{article.get(wanted.kind, 'the same value as before')} for {wanted.name}"
-    if isinstance(wanted, (Call, AnyOf)):
+        return wanted.wanted
+    if isinstance(wanted, (Call, AnyOf, Fact)):
         return str(wanted)
     return repr(wanted)
 

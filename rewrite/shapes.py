@@ -40,14 +40,13 @@ def key(size: Size) -> Hashable:
 
 
 def tensor_key(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    """Everything a fake op looks at: shape, strides, dtype, device, layout, gradient."""
+    """Everything a fake op looks at: shape, strides, dtype, device, layout."""
     return (
         tuple(map(key, tensor.shape)),
         tuple(map(key, tensor.stride())) if tensor.layout is torch.strided else None,
         tensor.dtype,
         str(tensor.device),
         tensor.layout,
-        tensor.requires_grad,
     )
 
 

@@ -3,14 +3,17 @@
     for every sample and every spelling:    it fires, both sides agree in float64, gradients too, and once is enough
     for every near miss:                    it does not fire, or the two sides are still equal
 
-A near miss is a spelling with one literal, axis, flag or dtype changed, or with one more reader inside.
+A near miss is a spelling with one literal, axis, flag or dtype changed, with one more reader inside, or with a weight that
+is computed at run time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -23,28 +26,41 @@ from .interpret import interpret
 from .metadata import Derived, Metadata, refresh
 from .ops import form_of
 from .pass_base import Context
-from .patterns import AnyOf, Call, Variable, trace
 from .program import Program
 from .rules import Rule
 from .signature import Signature
+from .symbols import SYMBOLS, AnyOf, Call, Fact, Variable, trace
 from .weights import Weights
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WEIGHTS = ("weight", "parameter")
+_FEW = 4  # spellings of a sample whose errors are measured in every dtype
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial saw.
+    """What a trial saw: the rule's row of the trust table.
 
     Attributes:
-        spellings: how many ways of writing the left side fired, operands exchanged included.
+        spellings: how many ways of writing the left side were tried, operands exchanged included.
+        fired: at how many of them the rule fired.
         near_misses: how many near misses were tried.
-        refused: how many of them did not fire; the others were equal all the same.
-        error: the worst relative error, in float64.
+        refused: how many of them did not fire.
+        harmed: at how many it fired and changed the result; at the others it was right all the same.
+        error: the worst relative error over all spellings, in float64.
+        errors: by dtype, the worst relative errors of the right and of the left side against the left side in float64, on
+            the same rounded operands; a dtype in which the rule does not fire or the ops do not run is left out.
+        failures: what is wrong with the rule, one sentence each.
     """
 
-    spellings: int
-    near_misses: int
-    refused: int
-    error: float
+    spellings: int = 0
+    fired: int = 0
+    near_misses: int = 0
+    refused: int = 0
+    harmed: int = 0
+    error: float = 0.0
+    errors: Mapping[torch.dtype, tuple[float, float]] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
 
 
 def try_rule(rule: Rule) -> Trial:
@@ -56,44 +72,84 @@ def try_rule(rule: Rule) -> Trial:
 
     Example: ``assert try_rule(FoldNormShift()).spellings``
     """
-    spelled = near = refused = 0
-    worst = 0.0
+    trial = examine(rule)
+    if trial.failures:
+        raise ClaimBroken(trial.failures[0])
+    return trial
+
+
+def examine(rule: Rule) -> Trial:
+    """The same, without raising: what is wrong is counted, and said in ``failures``."""
     samples = list(rule.samples())
     if not samples:
-        raise ClaimBroken(f"{rule.name} has no samples, so nothing can be said about it")
-    for sample in samples:
-        for program in spellings(rule, sample):
-            spelled += 1
-            worst = max(worst, _fires_once(rule, program))
-        for program in near_misses(rule, sample) if sample is samples[0] else ():
-            near += 1
-            refused += _harmless(rule, program)
-    return Trial(spelled, near, refused, worst)
+        return Trial(failures=(f"{rule.name} has no samples, so nothing can be said about it",))
+    failures: list[str] = []
+    outcomes = [_fires_once(rule, program, failures) for sample in samples for program in spellings(rule, sample)]
+    errors = [error for error in outcomes if error is not None]
+    misses = [_near_miss(rule, program, failures) for program in near_misses(rule, samples[0])]
+    by_dtype = {dtype: _errors(rule, samples, dtype) for dtype in DTYPES}
+    return Trial(
+        len(outcomes),
+        len(errors),
+        len(misses),
+        misses.count("refused"),
+        misses.count("harmed"),
+        max(errors, default=0.0),
+        {dtype: (max(new), max(old)) for dtype, pairs in by_dtype.items() if pairs for new, old in [zip(*pairs, strict=True)]},
+        tuple(failures),
+    )
 
 
-def _fires_once(rule: Rule, program: Program) -> float:
+def _fires_once(rule: Rule, program: Program, failures: list[str]) -> float | None:
+    """The error in float64; None if the rule does not fire."""
     original, context = program.copy(), Context()
     rule.run(program, context)
     if not context.log.applications:
         why = [refusal.reason for refusal in context.log.refusals]
-        raise ClaimBroken(f"{rule.name} does not fire on {original}\n{why[0] if why else ''}")
+        failures.append(f"{rule.name} does not fire on {original}\n{why[0] if why else ''}")
+        return None
     error = _difference(original, program)
     if error > FORWARD and rule.claim.exact:
-        raise ClaimBroken(f"{rule.name} changes the result by {error:.1e} on\n{original}\n->\n{program}")
+        failures.append(f"{rule.name} changes the result by {error:.1e} on\n{original}\n->\n{program}")
     again = Context()
     rule.run(program, again)
     if again.log.applications:
-        raise ClaimBroken(f"{rule.name} fires again on its own result:\n{program}")
+        failures.append(f"{rule.name} fires again on its own result:\n{program}")
     return error
 
 
-def _harmless(rule: Rule, program: Program) -> bool:
-    """Whether a near miss was refused. Nothing but the pattern and ``where`` protects it: the check is off."""
+def _near_miss(rule: Rule, program: Program, failures: list[str]) -> Literal["refused", "harmed", "equal"]:
+    """What came of a near miss. Nothing but the pattern and ``where`` protects it: the check is off."""
     original, context = program.copy(), Context(check=False)
     rule.run(program, context)
-    if context.log.applications and rule.claim.exact and (error := _difference(original, program)) > FORWARD:
-        raise ClaimBroken(f"{rule.name} fires on a near miss and changes the result by {error:.1e}:\n{original}\n->\n{program}")
-    return not context.log.applications
+    if not context.log.applications:
+        return "refused"
+    if not rule.claim.exact or (error := _difference(original, program)) <= FORWARD:
+        return "equal"
+    failures.append(f"{rule.name} fires on a near miss and changes the result by {error:.1e}:\n{original}\n->\n{program}")
+    return "harmed"
+
+
+def _errors(rule: Rule, samples: Sequence[Mapping[str, Any]], dtype: torch.dtype) -> list[tuple[float, float]]:
+    """Errors of the right and of the left side, run in ``dtype``, against the left side in float64."""
+    pairs = []
+    for program in (p for sample in samples for p in islice(_plain_spellings(rule, _in_dtype(sample, dtype)), _FEW)):
+        original, context = program.copy(), Context(check=False)
+        rule.run(program, context)
+        if context.log.applications:
+            with contextlib.suppress(RuntimeError):  # a kernel that this CPU has not in this dtype
+                exact = interpret(original, original.example, dtype=torch.float64)
+                new, old = (interpret(p, p.example) for p in (program, original))
+                pairs.append((max(map(relative_error, new, exact)), max(map(relative_error, old, exact))))
+    return pairs
+
+
+def _in_dtype(sample: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``sample`` with floating tensors of ``dtype``, and literals that name the dtype of the first of them."""
+    floats = {name: x for name, x in sample.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    own = next((x.dtype for x in floats.values()), None)
+    literals = {name: dtype for name, x in sample.items() if own is not None and x is own}
+    return {**sample, **literals, **{name: x.to(dtype) for name, x in floats.items()}}
 
 
 def _difference(a: Program, b: Program) -> float:
@@ -147,9 +203,10 @@ def _open(pattern: Any, chosen: dict[int, Any]) -> Iterator[AnyOf]:
 
 
 def _spell(variables: tuple[Variable, ...], roots: tuple[Any, ...], chosen: dict[int, Any], sample: Mapping[str, Any],
-           name: str) -> Program:  # fmt: skip
-    weights = {v.name: sample[v.name] for v in variables if "weight" in v.kind and isinstance(sample[v.name], Tensor)}
-    inputs = {v.name: sample[v.name] for v in variables if v.name not in weights and isinstance(sample[v.name], Tensor)}
+           name: str, runtime: str = "") -> Program:  # fmt: skip
+    tensors = {v: sample[v.name] for v in variables if isinstance(sample[v.name], Tensor)}
+    weights = {v.name: tensor for v, tensor in tensors.items() if v.kind in _WEIGHTS and v.name != runtime}
+    inputs = {v.name: tensor for v, tensor in tensors.items() if v.name not in weights}
     graph, mode = fx.Graph(), FakeTensorMode()
     bound = dict(sample)
     for group, make in ((weights, graph.get_attr), (inputs, graph.placeholder)):
@@ -169,6 +226,8 @@ def _spell(variables: tuple[Variable, ...], roots: tuple[Any, ...], chosen: dict
             return bound[pattern.name]
         if isinstance(pattern, AnyOf):
             return value(chosen[id(pattern)])
+        if isinstance(pattern, Fact):
+            return getattr(op, pattern.name)(value(pattern.of))
         if isinstance(pattern, Call):
             if id(pattern) not in made:
                 args, kwargs = _arguments(pattern)
@@ -195,7 +254,7 @@ def _arguments(call: Call) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _plain_default(x: Any, default: Any) -> bool:
-    return not isinstance(x, (Variable, Call, AnyOf)) and type(x) is type(default) and x == default
+    return not isinstance(x, SYMBOLS) and type(x) is type(default) and x == default
 
 
 # -- near misses ----------------------------------------------------------------------------------------------
@@ -212,6 +271,10 @@ def near_misses(rule: Rule, sample: Mapping[str, Any]) -> Iterator[Program]:
                     yield from _changed(program, node.name, place, wrong)
             if node not in program.output.all_input_nodes and isinstance(node.meta["val"], Tensor):
                 yield _with_reader(program, node.name)
+    variables, roots = trace(rule.before)
+    for variable in variables:
+        if variable.kind in _WEIGHTS and isinstance(sample[variable.name], Tensor):
+            yield _spell(variables, roots, next(_choices(roots, {})), sample, rule.name, runtime=variable.name)
 
 
 def _wrong(x: Any) -> list[Any]:

@@ -448,7 +448,7 @@ def explain(
     fired = tuple(a.id for a in log.applications)
     refused = tuple((r.id, r.reason) for r in log.refusals)
     sources = tuple(r.source for r in log.refusals)
-    return Explanation(rewrite.name, fired, refused, sources, miss.sentence if miss is not None and not fired else "")
+    return Explanation(rewrite.name, fired, refused, sources, str(miss) if miss is not None and not fired else "")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tautomer.rewrite.claims import BITWISE
-from tautomer.rewrite.engine import removable
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
+from tautomer.rewrite.substitution import removable
 
 
 class DropDeadCode(Pass):

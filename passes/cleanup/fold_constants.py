@@ -13,12 +13,12 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.claims import BITWISE
 from tautomer.rewrite.emit import Editor
-from tautomer.rewrite.engine import erase_dead
 from tautomer.rewrite.metadata import Derived
 from tautomer.rewrite.ops import is_pure
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import product, static
+from tautomer.rewrite.substitution import erase_dead
 from tautomer.rewrite.weights import Apply, Expression, opaque
 
 LARGEST = 65536

@@ -24,7 +24,6 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.axes import Value, rank
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import erase_dead
 from tautomer.rewrite.errors import Refused
 from tautomer.rewrite.metadata import Derived
 from tautomer.rewrite.ops import Operand, Ops, TorchOps, op_of
@@ -33,6 +32,7 @@ from tautomer.rewrite.program import Program, arguments
 from tautomer.rewrite.relations import relate
 from tautomer.rewrite.shapes import same
 from tautomer.rewrite.streams import Plan, Streams, candidates
+from tautomer.rewrite.substitution import erase_dead
 from tautomer.rewrite.weights import leaves
 
 aten = torch.ops.aten

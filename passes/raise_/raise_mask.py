@@ -17,11 +17,12 @@ from torch import fx
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.errors import Refused, require
 from tautomer.rewrite.masks import Masks
-from tautomer.rewrite.metas import refresh
+from tautomer.rewrite.metadata import Metadata
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program, arguments
 from tautomer.rewrite.rules import rank, shape
 from tautomer.rewrite.shapes import same
+from tautomer.rewrite.substitution import follow
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ class RaiseMask(Pass):
     phase: ClassVar[Phase] = "raise"
 
     def run(self, program: Program, context: Context) -> None:
-        masks = Masks(program)
+        masks, metadata = Masks(program), Metadata(program.fake_mode)
         plan: list[tuple[fx.Node, Any, str]] = []
         for node in program.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             if arguments(node)["attn_mask"] is not None:
@@ -44,24 +45,25 @@ class RaiseMask(Pass):
         for node, mask, what in plan:
             if not context.admits(self, node):
                 continue
-            if _give(node, mask, what.startswith("causal"), program):
+            try:
+                _give(node, mask, what.startswith("causal"), metadata)
                 context.applied(self, node, f"the mask is {what}")
-            else:
-                context.refused(self, node, "a reader could not run on what attention returns without the mask")
+            except Refused as refusal:
+                context.refused(self, node, str(refusal))
 
 
-def _give(node: fx.Node, mask: Any, causal: bool, program: Program) -> bool:
-    """Another mask to an attention; False, and nothing changed, if a reader minds the layout of what it then returns."""
+def _give(node: fx.Node, mask: Any, causal: bool, metadata: Metadata) -> None:
+    """Another mask to an attention; refused, and nothing changed, if a reader minds the layout of what it then returns."""
     before, given = (node.args, node.kwargs), arguments(node)
     node.args = (given["query"], given["key"], given["value"], mask, given["dropout_p"], causal)
     node.kwargs = {name: given[name] for name in ("scale", "enable_gqa")}
-    fresh = refresh([node], program.fake_mode)
-    if fresh is None:
+    try:
+        fresh = follow({}, [node], metadata)
+    except Refused:
         node.args, node.kwargs = before
-        return False
+        raise
     for reader, value in fresh.items():
         reader.meta["val"] = value
-    return True
 
 
 def _without_mask(node: fx.Node, masks: Masks) -> tuple[Any, str]:

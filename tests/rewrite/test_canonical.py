@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tautomer.rewrite.canonical import canonicalize
 from tautomer.rewrite.capture import capture
+from tautomer.rewrite.emit import Editor
+from tautomer.rewrite.errors import ClaimBroken
 from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.ops import Weight
+from tautomer.rewrite.patterns import compile_pattern
+from tautomer.rewrite.region import Region, hold, region_between
 
 aten = torch.ops.aten
 
@@ -104,6 +109,97 @@ def test_what_does_something_stays(function, kept):
 )
 def test_a_product_with_a_weight_is_linear(function):
     assert calls(function) == ["linear"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).view(x.shape[0], x.shape[1], 6).type_as(m.b),
+        lambda m, x: torch.bmm(x.double(), x.transpose(1, 2).to(torch.float64)).softmax(-1, dtype=torch.float64) * 1 - 0,
+        lambda m, x: nn.functional.dropout(x.view(-1, 4).view(-1, 2, 2), 0.0)[:, 0:2].contiguous().expand(-1, 2, 2) @ m.w[:2],
+        lambda m, x: torch.cat([torch.empty(0), x.clone().repeat(1, 1, 1)], -1).permute(0, 1, 2).t().detach()
+        if x.dim() == 2 else x.detach().to(x),
+    ],
+)  # fmt: skip
+def test_every_step_is_held_to_its_claim(function):
+    """In float64 on the nodes it touches, forward and gradient."""
+    steps = []
+
+    def judge(claim, old, new, op):
+        after = Region((*op.created,), (new,), {})
+        hold(claim, region_between((old,), set(after.inputs), {}), after, op.editor)
+        steps.append(claim.name)
+
+    model = Runs(function).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tautomer.rewrite.capture.canonicalize", lambda program: canonicalize(program, judge))
+        capture(model, (torch.randn(2, 3, 4),))
+    assert steps and set(steps) <= {"bitwise", "algebraic"}
+
+
+def test_a_step_that_breaks_its_claim_would_be_seen():
+    def judge(claim, old, new, op):
+        hold(claim, Region((old,), (old,), {}), Region((), (old.args[0],), {}), op.editor)
+
+    model = Runs(lambda m, x: x.double().view(-1, 4).exp())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ClaimBroken, match="claim 'bitwise' does not hold"):
+        patch.setattr("tautomer.rewrite.capture.canonicalize", lambda program: canonicalize(program, judge))
+        capture(model, (torch.randn(2, 3, 4),))
+
+
+def view(op, x, s):
+    return op.exp(op.view(x, s))
+
+
+def batched(op, x, y):
+    return op.exp(op.bmm(x, y))
+
+
+def cast(op, x, y):
+    return op.mul(op.type_as(x, y), y)
+
+
+def times_weight(op, x, W: Weight):
+    return op.exp(op.matmul(x, W))
+
+
+def plus_bias(op, b, x, W: Weight):
+    return op.exp(op.addmm(b, x, W))
+
+
+def twice(op, x, s):
+    return op.exp(op.view(op.reshape(x, [-1, 2]), s))
+
+
+def twice_transposed(op, x, W: Weight):
+    return op.exp(op.matmul(x, op.t(W)))
+
+
+@pytest.mark.parametrize(
+    ("before", "function", "bound"),
+    [
+        (view, lambda m, x: x.view(-1, 4).exp(), {"x": "x"}),
+        (batched, lambda m, x: torch.bmm(x, x.transpose(1, 2)).exp(), {"x": "x", "y": "transpose"}),
+        (cast, lambda m, x: x.type_as(y := x.double().exp()) * y, {"x": "x", "y": "exp"}),
+        (times_weight, lambda m, x: (x @ m.w).exp(), {"x": "x", "W": "w"}),
+        (times_weight, lambda m, x: torch.mm(x[0], m.w).exp(), {"x": "select", "W": "w"}),
+        (times_weight, lambda m, x: (x @ m.w.expand(2, 4, 6)).exp(), {"x": "x", "W": "expand"}),
+        (plus_bias, lambda m, x: torch.addmm(m.b, x.view(-1, 4), m.w).exp(), {"x": "reshape", "W": "w", "b": "b"}),
+        (plus_bias, lambda m, x: torch.addmm(m.w[:3], x[0], m.w).exp(), {"x": "select", "W": "w", "b": "slice_1"}),
+        (twice, lambda m, x: x.view(-1, 2).view(-1, 4, 1).exp(), {"x": "x"}),
+        (twice_transposed, lambda m, x: nn.functional.linear(x, m.w.t()[:, :4].contiguous()).exp(), {"x": "x"}),
+    ],
+)
+def test_a_pattern_is_brought_to_the_same_form(before, function, bound):
+    program = capture(Runs(function), (torch.randn(2, 3, 4),))
+    pattern, editor = compile_pattern(before), Editor(program)
+    is_weight = lambda x: isinstance(x, fx.Node) and editor.constant(x)  # noqa: E731
+    ways = [
+        dict(zip((v.name for v in pattern.variables), map(str, way.values), strict=True))
+        for node in program.graph.nodes for entry in pattern.entries if node.target is entry.target
+        for way in entry.match(node, is_weight)
+    ]  # fmt: skip
+    assert any(bound.items() <= way.items() for way in ways), ways
 
 
 def test_a_product_that_is_scaled_is_not():

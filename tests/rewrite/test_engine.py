@@ -8,7 +8,7 @@ from torch import nn
 
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, BITWISE, FORWARD
-from tautomer.rewrite.engine import apply_rules, erase_dead
+from tautomer.rewrite.engine import apply_rules
 from tautomer.rewrite.errors import InvalidGraph
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
@@ -255,6 +255,10 @@ def test_larger_patterns_go_first_then_the_declared_order():
 
     log = rewrite(program_of(lambda m, x: x.neg().neg().neg()), DropDoubleNeg(), Triple())
     assert [a.rewrite for a in log.applications] == ["triple"]
+    assert [(r.id.rpartition("/")[2], r.reason) for r in log.refusals] == [
+        ("drop-double-neg@neg_2", "triple took these nodes first"),
+        ("drop-double-neg@neg_1", "triple took these nodes first"),
+    ]
 
 
 def test_overlapping_rules_fire_in_a_defined_order():
@@ -282,12 +286,39 @@ def test_overlapping_rules_fire_in_a_defined_order():
     for rules in ((ExpOfNeg(), MulExp()), (MulExp(), ExpOfNeg())):
         log = rewrite(program_of(forward), *rules)
         assert [(a.rewrite, a.id.rpartition("/")[2]) for a in log.applications] == [("mul-exp", "mul-exp@mul")]
+        assert [(r.id, r.reason) for r in log.refusals] == [("exp-of-neg@exp", "mul-exp took these nodes first")]
 
     class AlsoDoubleIsAdd(DoubleIsAdd):
         pass
 
     for first, second in ((DoubleIsAdd(), AlsoDoubleIsAdd()), (AlsoDoubleIsAdd(), DoubleIsAdd())):
-        assert [a.rewrite for a in rewrite(program_of(lambda m, x: x * 2), first, second).applications] == [first.name]
+        log = rewrite(program_of(lambda m, x: x * 2), first, second)
+        assert [a.rewrite for a in log.applications] == [first.name]
+        assert [(r.rewrite, r.reason) for r in log.refusals] == [(second.name, f"{first.name} took these nodes first")]
+
+
+def test_who_would_not_have_fired_has_lost_nothing():
+    class Choosy(DoubleIsAdd):
+        def where(self, m):
+            require(m.root.name == "nothing", "another node")
+
+    class NegExp(Rule):
+        claim = ALGEBRAIC
+
+        def before(self, op, x):
+            return op.neg(op.exp(op.mul(x, 2)))
+
+        def after(self, op, x):
+            return op.neg(op.exp(op.add(x, x)))
+
+    forward = lambda m, x: -(x * 2).exp()  # noqa: E731
+    assert not rewrite(program_of(forward), NegExp(), Choosy()).refusals, "its condition does not hold"
+    assert not rewrite(program_of(lambda m, x: (-(y := x * 2).exp(), y)), NegExp(), DoubleIsAdd()).refusals[1:], "it fires itself"
+    log = rewrite(program_of(forward), NegExp(), DoubleIsAdd(), skip=("double-is-add",))
+    assert not log.refusals, "it was not wanted"
+    log = rewrite(program_of(forward), NegExp(), DoubleIsAdd())
+    assert [(a.rewrite) for a in log.applications] == ["neg-exp"]
+    assert [(r.rewrite, r.reason) for r in log.refusals] == [("double-is-add", "neg-exp took these nodes first")]
 
 
 def test_what_a_rule_makes_is_rewritten_by_the_next():
@@ -391,14 +422,6 @@ def test_twelve_equal_layers_are_checked_once(monkeypatch):
 
     assert len(rewrite(program_of(forward), DoubleIsAdd()).applications) == 12
     assert len(held) == 1
-
-
-def test_erase_dead_keeps_inputs_and_effects():
-    program = program_of(lambda m, x: x.tanh().exp())
-    output = program.output.args[0][0]
-    program.output.args = ((program.placeholders[0],),)
-    assert [node.name for node in erase_dead(program.graph, [output])] == ["exp", "tanh"]
-    assert program.placeholders
 
 
 class Wide(nn.Module):

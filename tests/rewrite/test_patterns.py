@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
 import torch
 from torch import fx, nn
@@ -9,7 +11,7 @@ from torch import fx, nn
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.errors import PatternError
-from tautomer.rewrite.ops import OptionalWeight, Scalar, Tensor, Weight
+from tautomer.rewrite.ops import OptionalWeight, Parameter, Scalar, Tensor, Weight
 from tautomer.rewrite.patterns import compile_pattern, congruent
 
 
@@ -124,6 +126,73 @@ def test_types_of_variables():
     assert not found(optional, lambda m, x: nn.functional.linear(x, m.W, x.mean((0, 1))))
 
 
+def test_a_parameter_is_a_weight_itself():
+    def before(op, x, w: Parameter):
+        return op.mul(x, w)
+
+    assert found(before, lambda m, x: x * m.w) == [{"x": "x", "w": "w"}]
+    assert not found(before, lambda m, x: x * m.w.exp())
+    assert not found(before, lambda m, x: x * x.tanh())
+
+
+def test_a_range_of_a_scalar():
+    def before(op, x, eps: Annotated[Scalar, "> 0", "<= 1e-3"]):
+        return op.add(x, eps)
+
+    assert found(before, lambda m, x: x + 1e-5) == [{"x": "x", "eps": "1e-05"}]
+    assert found(before, lambda m, x: x + 1e-3)
+    assert not found(before, lambda m, x: x + -1e-5)
+    assert not found(before, lambda m, x: x + 1e-2)
+    assert not found(before, lambda m, x: x + m.w)
+
+
+def test_a_dtype_of_a_tensor():
+    def before(op, x: Annotated[Tensor, torch.float16, torch.float64]):
+        return op.tanh(x)
+
+    assert found(before, lambda m, x: x.double().tanh())
+    assert found(before, lambda m, x: x.half().tanh())
+    assert not found(before, lambda m, x: x.tanh())
+
+
+def test_axes_by_name_are_equal_sizes():
+    def product(op, x: Annotated[Tensor, "*batch n d"], y: Annotated[Tensor, "*batch d m"]):
+        return op.matmul(x, y)
+
+    assert found(product, lambda m, x: x @ x.transpose(1, 2))
+    assert not found(product, lambda m, x: x @ x[0].t()), "one of them has no batch"
+    assert not found(product, lambda m, x: x @ x[:1].transpose(1, 2)), "one batch is stretched"
+
+    def gain(op, x: Annotated[Tensor, "... d"], g: Annotated[Weight, "d"] | None):
+        return op.layer_norm(x, [op.width(x)], g)
+
+    assert found(gain, lambda m, x: nn.functional.layer_norm(x, (4,), m.w)) == [{"x": "x", "g": "w"}]
+    assert found(gain, lambda m, x: nn.functional.layer_norm(x, (4,))) == [{"x": "x", "g": "None"}]
+    assert not found(gain, lambda m, x: nn.functional.layer_norm(x, (5, 4), (m.w + 0 * x.mean((0, 2))[:, None])))
+
+    def square(op, W: Annotated[Weight, "4 _"], x: Annotated[Tensor, "_ _ 4"]):
+        return op.linear(x, W)
+
+    assert found(square, lambda m, x: nn.functional.linear(x, m.W))
+    assert not found(square, lambda m, x: nn.functional.linear(x, m.W[:3]))
+
+
+def test_symbolic_sizes_are_equal_only_if_they_are_for_every_input():
+    def before(op, x: Annotated[Tensor, "n ..."], y: Annotated[Tensor, "n ..."]):
+        return op.add(op.exp(x), op.tanh(y))
+
+    assert found(before, lambda m, x: x.exp() + (x + 1).tanh())
+    assert not found(before, lambda m, x: x.exp() + x[:1].tanh())
+
+
+def test_a_dtype_or_a_width_is_a_literal_once_its_tensor_is_bound():
+    def before(op, x, y):
+        return op.mul(op.cast(x, op.dtype(y)), y)
+
+    assert found(before, lambda m, x: x.double() * x.double().exp())[0]["y"] == "exp"
+    assert not found(before, lambda m, x: x.double() * x.exp())
+
+
 def test_alternatives_nest_and_leave_variables_unbound():
     def before(op, x, w):
         scaled = op.any_of(op.mul(x, w), x)
@@ -159,6 +228,8 @@ def test_ill_formed_patterns():
         compile_pattern(lambda op, x: op.mean(x, [1], True))
     with pytest.raises(PatternError, match="shares nothing"):
         compile_pattern(lambda op, x, y: (op.tanh(x), op.exp(y)))
+    with pytest.raises(PatternError, match="is asked where y is not bound"):
+        compile_pattern(lambda op, x, y: op.tanh(op.any_of(op.exp(y), op.cast(x, op.dtype(y)))))
 
 
 def test_congruence_is_by_value_for_pure_calls_only():

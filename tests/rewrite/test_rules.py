@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import nn
 
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Context
-from tautomer.rewrite.rules import OptionalWeight, Rule, Tensor, Weight, is_vector, nearest_miss, require, width
+from tautomer.rewrite.pipeline import run_passes
+from tautomer.rewrite.rules import OptionalWeight, Rule, Scalar, Tensor, Weight, is_vector, nearest_miss, require, width
 
 
 class FoldNormScale(Rule):
@@ -65,6 +68,49 @@ def test_the_nearest_miss_names_what_was_wanted_and_what_was_there():
     assert "layer_norm" in miss.found
     assert miss.pattern_line.startswith("test_rules.py:") and "op.linear(op.rms_norm" in miss.pattern_line
     assert "wanted rms_norm(x, shape, g, eps) at h.0.0 and found" in miss.sentence
+
+
+def test_it_is_shown_with_the_line_of_the_rule_and_the_line_of_the_model():
+    first, wanted, asks, found, where = str(nearest_miss(FoldNormScale(), program_of(nn.LayerNorm(4)))).splitlines()
+    assert first == "fold-norm-scale matched 1 ops at h.0.0, then"
+    assert wanted == "    wanted rms_norm(x, shape, g, eps)" and found.startswith(
+        "    found  layer_norm = aten.layer_norm(x, [4]"
+    )
+    assert asks.strip().startswith("test_rules.py:") and ".py:" in where
+
+
+class ScaledTwice(Rule):
+    claim = ALGEBRAIC("none")
+
+    def before(self, op, x: Tensor, s: Annotated[Scalar, "> 2"]):
+        return op.tanh(op.exp(op.mul(op.sigmoid(x), s)))
+
+    def after(self, op, x, s):
+        return op.tanh(op.exp(op.mul(op.sigmoid(x), s)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, *scales):
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, x):
+        for s in self.scales:
+            x = (x.sigmoid() * s).exp().tanh()
+        return x
+
+
+def test_a_report_has_one_line_for_a_rule_that_almost_found_something():
+    def misses(model, *rules, **options):
+        context = Context(**options)
+        run_passes(rules, capture(model, (torch.randn(3, 4),)), context, check=False)
+        return context.log.misses
+
+    (miss,) = misses(Scaled(2, 1.5), ScaledTwice())
+    assert "scaled-twice matched 4 ops, then wanted a number > 2 for s" in miss.sentence and miss.found == "2"
+    assert not misses(nn.Sequential(nn.Sigmoid(), nn.Tanh()), ScaledTwice()), "one op alone is no near miss"
+    assert not misses(Scaled(2, 1.5), ScaledTwice(), skip=("scaled-twice",)), "nobody asked"
+    assert not misses(Model(nn.RMSNorm(4), nn.LayerNorm(4)), FoldNormScale()), "it fired elsewhere"
 
 
 def test_a_refusal_is_nearer_than_any_mismatch():
