@@ -42,10 +42,12 @@ from .raise_.raise_layer_norm import RaiseLayerNorm
 from .raise_.raise_mask import RaiseMask
 from .raise_.raise_merged_heads import RaiseMergedHeads
 from .raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
+from .raise_.raise_repeat_interleave import RaiseRepeatInterleave
 from .raise_.raise_rms_norm import RaiseRmsNorm
 from .raise_.raise_rounded_gelu import RaiseRoundedGelu
 from .raise_.raise_silu import RaiseSilu
 from .raise_.raise_tanh_gelu import RaiseTanhGelu
+from .raise_.share_key_heads import ShareKeyHeads
 
 
 class Recipe(ABC):
@@ -75,6 +77,8 @@ ATTENTION: tuple[type[Pass], ...] = (
     RaiseAttention,
     AbsorbAttentionScale,
     MergePermutes,
+    RaiseRepeatInterleave,
+    ShareKeyHeads,
     RaiseMask,
 )
 RAISE: tuple[type[Pass], ...] = (

@@ -3,9 +3,9 @@
     softmax(c q kᵀ + b) v = scaled_dot_product_attention(q, k, v, b, scale=c)
     softmax((q kᵀ + b) / d) v = scaled_dot_product_attention(q, k, v, b / d, scale=1/d)
 
-The keys come in any layout, the scale is a number or one per row, the bias is added, in one or two parts. Filled masks
-(``add_mask_of_sizes``, ``add_filled_mask``), casts (``drop_softmax_casts``) and einsums (``raise_einsum``) are brought
-to this form first.
+The keys come in any layout, and one head of them may serve all heads of the queries; the scale is a number or one per
+row; the bias is added, in one or two parts. Filled masks (``add_mask_of_sizes``, ``add_filled_mask``), casts
+(``drop_softmax_casts``) and einsums (``raise_einsum``) are brought to this form first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class RaiseAttention(Rule):
     def where(self, m: Match) -> None:
         require(rank(m.q) == rank(m.K) == rank(m.v) and rank(m.q) in (3, 4), f"queries of {rank(m.q)} axes: not 3 or 4")
         for what, x in (("keys", m.K), ("values", m.v)):
-            require(same_shape(shape(x)[:-2], shape(m.q)[:-2]), f"the {what} have other leading axes than the queries")
+            alike = same_shape(shape(x)[:-2], shape(m.q)[:-2]) or _share_one_head(m.q, m.K, m.v)
+            require(alike, f"the {what} have other leading axes than the queries")
             require(dtype(x) == dtype(m.q), f"the {what} are {dtype(x)}, the queries {dtype(m.q)}")
         for scale in (m.c, m.d, m.e):
             per_row = rank(scale) == 0 or (rank(scale) <= rank(m.q) and same(shape(scale)[-1], 1))
@@ -75,9 +76,17 @@ def attention(op: Ops, q: Operand, k: Operand, v: Operand, bias: Operand, scale:
     elif bias is not None and rank(bias) < 2:
         bias = op.unsqueeze(bias, 0) if rank(bias) else op.reshape(bias, [1, 1])
     if rank(q) != 3:
-        return op.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+        return op.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=_share_one_head(q, k, v))
     q, k, v = (op.unsqueeze(x, 0) for x in (q, k, v))
     return op.squeeze(op.scaled_dot_product_attention(q, k, v, bias, scale=scale), 0)
+
+
+def _share_one_head(q: Any, *others: Any) -> bool:
+    """Whether keys and values have one head for all heads of the queries."""
+    if rank(q) != 4:
+        return False
+    batch, heads, *_ = shape(q)
+    return isinstance(heads, int) and heads > 1 and all(same_shape(shape(x)[:2], (batch, 1)) for x in others)
 
 
 def _is_number(x: Any) -> bool:
