@@ -32,8 +32,11 @@ from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
 from .raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
 from .raise_.add_filled_mask import AddFilledMask
 from .raise_.add_mask_of_sizes import AddMaskOfSizes
+from .raise_.drop_added_zero import DropAddedZero
 from .raise_.drop_norm_casts import DropNormCasts
+from .raise_.drop_score_floor import DropScoreFloor
 from .raise_.drop_softmax_casts import DropSoftmaxCasts
+from .raise_.gather_biases import GatherBiases
 from .raise_.merge_permutes import MergePermutes
 from .raise_.raise_attention import RaiseAttention
 from .raise_.raise_einsum import RaiseEinsum
@@ -72,7 +75,10 @@ ATTENTION: tuple[type[Pass], ...] = (
     AddMaskOfSizes,
     RaiseEinsum,
     DropSoftmaxCasts,
+    DropScoreFloor,
+    DropAddedZero,
     AddFilledMask,
+    GatherBiases,
     RaiseMergedHeads,
     RaiseAttention,
     AbsorbAttentionScale,

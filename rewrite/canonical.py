@@ -261,6 +261,29 @@ def merge_reshapes(node: fx.Node, edit: Editor) -> fx.Node | None:
     return edit.call(aten.reshape.default, inner.args[0], node.args[1])
 
 
+def spell_number(node: fx.Node, edit: Editor) -> fx.Node | None:
+    """where(m, x, full([], c)) = where(m, x, c);  masked_fill likewise; c may be a constant that export lifted out of the code"""
+    if node.target is aten.where.self:
+        (mask, x), call = node.args[:2], aten.where.ScalarOther
+    elif node.target is aten.masked_fill.Tensor:
+        (x, mask), call = node.args[:2], aten.masked_fill.Scalar
+    else:
+        return None
+    number = _number(node.args[2], edit.program)
+    if number is None:
+        return None
+    return edit.call(call, mask, x, number) if call is aten.where.ScalarOther else edit.call(call, x, mask, number)
+
+
+def drop_stretched_mask(node: fx.Node, edit: Editor) -> fx.Node | None:
+    """masked_fill(x, expand(m, …), c) = masked_fill(x, m, c)"""
+    x, mask, fill = node.args
+    inner = _node(mask)
+    if inner is None or _packet(inner) not in ("expand", "expand_as") or not _shape(inner.args[0]):
+        return None
+    return edit.call(node.target, x, inner.args[0], fill)  # type: ignore[arg-type]
+
+
 def drop_softmax_dtype(node: fx.Node, edit: Editor) -> fx.Node | None:
     """softmax(x, k, dtype of x) = softmax(x, k)"""
     x, dim, dtype = (arguments(node)[name] for name in ("self", "dim", "dtype"))
@@ -340,6 +363,8 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "mul": (drop_one,),
     "div": (drop_one,),
     "cat": (drop_empty_cat,),
+    "where": (spell_number,),
+    "masked_fill": (spell_number, drop_stretched_mask),
     "softmax": (drop_softmax_dtype,),
     "layer_norm": (drop_norm_flag,),
     "addmm": (linear_from_addmm,),
@@ -351,6 +376,17 @@ _RULES: dict[str, tuple[Rule, ...]] = {
 
 
 # -- questions about nodes ------------------------------------------------------------------------------------
+
+
+def _number(x: Any, program: Program) -> float | None:
+    """The number that ``x`` is, as its dtype holds it: a full of no axes, or a lifted constant of no axes."""
+    if not isinstance(x, fx.Node) or not isinstance(x.meta.get("val"), Tensor) or _shape(x):
+        return None
+    if x.op == "get_attr" and x.target in program.weights and program.weights[str(x.target)].kind == "constant":
+        value = program.weights.value(str(x.target))
+        return None if value.is_meta else value.item()
+    number = x.args[1] if x.target is aten.full.default else None
+    return torch.full((), number, dtype=_dtype(x)).item() if isinstance(number, (int, float)) else None
 
 
 def _node(x: Any) -> fx.Node | None:

@@ -115,7 +115,7 @@ class _Index:
 
 class _Engine:
     def __init__(self, rules: Sequence[Equation], program: Program, context: Context) -> None:
-        self.program, self.context = program, context
+        self.rules, self.program, self.context = rules, program, context
         self.editor = Editor(program)
         self.index = _Index(rules)
         self.queue: list[fx.Node] = []
@@ -139,6 +139,9 @@ class _Engine:
             self.push(node for _, node in self.refusals if not erased(node))
         for (rule, node), reason in self.refusals.items():
             if not erased(node):
+                self.context.refused(rule, node, reason)
+        for rule in self.rules:
+            for node, reason in rule.misses(self.program):
                 self.context.refused(rule, node, reason)
 
     def drain(self) -> None:

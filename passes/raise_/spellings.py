@@ -42,6 +42,10 @@ def require_constant(literal: float | None, constant: float, name: str, toleranc
     require(difference <= tolerance, f"the literal {literal!r} is not {name} but {difference:.1e} (relative) away from it")
 
 
+ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.zeros.default}
+"""What a mask that is added is filled into."""
+
+
 def additive_mask(op: Ops, mask: Operand, kind: Any, low: Any, *, keeps: bool) -> Operand:
     """Zero where a boolean mask keeps, ``low`` where it does not; the mask says what it keeps, or what it drops."""
     zeros = op(torch.ops.aten.zeros_like.default)(mask, dtype=kind)

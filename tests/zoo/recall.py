@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 NORMS = re.compile(r"(?i)^(?!.*(batch|group|instance|weight)).*(norm|norm1d)$")
 _NORM_CALLS = {torch.nn.functional.layer_norm, torch.nn.functional.rms_norm, torch.layer_norm, torch.rms_norm}
-_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_ATTENTIONS = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 _PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "__matmul__", "mm"}
 _CARRIES = {
     "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "view", "reshape", "contiguous", "flatten", "unflatten",
@@ -68,7 +68,7 @@ class Present(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if function in _NORM_CALLS:
             self.norms += self._inside == 0
-        elif function is _ATTENTION:
+        elif name in _ATTENTIONS:
             self.attentions += 1
         elif name in ("softmax", "_softmax", "softmax_backward"):
             self._mark(result, len(self._softmaxes) + len(self._weights) + 1)
