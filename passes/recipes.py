@@ -38,6 +38,7 @@ from .raise_.drop_score_floor import DropScoreFloor
 from .raise_.drop_softmax_casts import DropSoftmaxCasts
 from .raise_.gather_biases import GatherBiases
 from .raise_.merge_permutes import MergePermutes
+from .raise_.move_scale_behind_view import MoveScaleBehindView
 from .raise_.raise_attention import RaiseAttention
 from .raise_.raise_einsum import RaiseEinsum
 from .raise_.raise_gelu import RaiseGelu
@@ -81,6 +82,7 @@ ATTENTION: tuple[type[Pass], ...] = (
     GatherBiases,
     RaiseMergedHeads,
     RaiseAttention,
+    MoveScaleBehindView,
     AbsorbAttentionScale,
     MergePermutes,
     RaiseRepeatInterleave,

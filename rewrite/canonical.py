@@ -275,6 +275,18 @@ def spell_number(node: fx.Node, edit: Editor) -> fx.Node | None:
     return edit.call(call, mask, x, number) if call is aten.where.ScalarOther else edit.call(call, x, mask, number)
 
 
+def spell_lifted(node: fx.Node, edit: Editor) -> fx.Node | None:
+    """max(x, constant of no axes) = max(x, full([], c)): a number of the user's code that export lifted out of it"""
+    x, number = _node(node.args[0]), node.args[1] if len(node.args) == 2 else None
+    if x is None or not isinstance(number, fx.Node) or number.op != "get_attr":
+        return None
+    value = _number(number, edit.program)
+    if value is None:
+        return None
+    full = edit.call(aten.full.default, [], value, dtype=_dtype(number), device=_device(number), pin_memory=False)
+    return edit.call(node.target, x, full)  # type: ignore[arg-type]
+
+
 def drop_stretched_mask(node: fx.Node, edit: Editor) -> fx.Node | None:
     """masked_fill(x, expand(m, …), c) = masked_fill(x, m, c)"""
     x, mask, fill = node.args
@@ -364,6 +376,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
     "div": (drop_one,),
     "cat": (drop_empty_cat,),
     "where": (spell_number,),
+    **dict.fromkeys(("max", "maximum"), (spell_lifted,)),
     "masked_fill": (spell_number, drop_stretched_mask),
     "softmax": (drop_softmax_dtype,),
     "layer_norm": (drop_norm_flag,),

@@ -1,8 +1,8 @@
 """Gather what is added to the scores of an attention, one part after the other, into one bias.
 
-    softmax((s + a) + b) = softmax(s + (a + b))        s = q kᵀ, scaled or not
-    softmax((s + a) - b) = softmax(s + (a - b))
-    softmax(a + q kᵀ)    where ``baddbmm`` wrote the sum
+    (s + a) + b = s + (a + b)        s = q kᵀ, scaled or not
+    (s + a) - b = s + (a - b)
+    softmax(s - b) = softmax(s + (-b)),    softmax(baddbmm(a, q, kᵀ)) = softmax(q kᵀ + a)
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class GatherBiases(Rule):
                beta: Scalar, alpha: Scalar) -> Operand:  # fmt: skip
         product = op.matmul(q, K)
         scores = op.any_of(op.mul(product, c), op.div(product, d), product)
-        sums = op.add(op.add(scores, a), b), op.sub(op.add(scores, a), less), op.sub(scores, less)
-        return op.softmax(op.any_of(*sums, op(aten.baddbmm.default)(z, q, K, beta=beta, alpha=alpha)), -1)
+        sums = op.add(op.add(scores, a), b), op.sub(op.add(scores, a), less)
+        written = op.any_of(op.sub(scores, less), op(aten.baddbmm.default)(z, q, K, beta=beta, alpha=alpha))
+        return op.any_of(*sums, op.softmax(written, -1))
 
     def where(self, m: Match) -> None:
         for bias in (m.a, m.b, m.less):
@@ -43,12 +44,11 @@ class GatherBiases(Rule):
             scores = op.mul(scores, c)
         elif d is not None:
             scores = op.div(scores, d)
-        if z is not None:
-            scores, bias = (x if one == 1 else op.mul(x, one) for x, one in ((scores, alpha), (z, beta)))
-        elif less is not None:
-            bias = op.neg(less) if a is None else op.sub(a, less)
-        else:
-            bias = op.add(a, b)
+        if a is not None:
+            return op.add(scores, op.add(a, b) if less is None else op.sub(a, less))
+        if z is None:
+            return op.softmax(op.add(scores, op.neg(less)), -1)
+        scores, bias = (x if one == 1 else op.mul(x, one) for x, one in ((scores, alpha), (z, beta)))
         return op.softmax(op.add(scores, bias), -1)
 
     def samples(self) -> Iterator[dict[str, Any]]:

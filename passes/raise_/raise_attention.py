@@ -105,7 +105,8 @@ def _obstacle(softmax: fx.Node) -> str | None:
     """What stands between the product of queries and keys and this softmax that attention has no place for, in words."""
     scores = softmax.args[0]
     assert isinstance(scores, fx.Node)
-    seen, stack = set[fx.Node](), [(scores, "")]
+    dropped = any(user.target is aten.dropout.default for user in softmax.users)
+    seen, stack = set[fx.Node](), [(scores, "the weights are dropped out: a kernel would draw other ones" if dropped else "")]
     while stack:
         at, obstacle = stack.pop()
         if at.target is aten.matmul.default and obstacle:

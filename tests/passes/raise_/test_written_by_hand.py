@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import tautomer
 from tautomer.backends.to_torch import to_torch
 from tautomer.passes.recipes import RAISE
+from tautomer.rewrite.pass_base import Context
+from tautomer.rewrite.pipeline import run_passes
 
 X = torch.randn(2, 6, 32)
 SCALE = 8**-0.5
@@ -251,7 +254,7 @@ RAISED: dict[type[nn.Module], tuple[str, float | None, int]] = {
     TokenFirstEinsum: ("none", SCALE, 0),
     Fairseq: ("causal", SCALE, 0),
     Baddbmm: ("mask", SCALE, 0),
-    EmptyBaddbmm: ("mask", SCALE, 0),
+    EmptyBaddbmm: ("none", SCALE, 0),
     BothScaled: ("none", SCALE, 0),
     KeysScaled: ("none", SCALE, 0),
     Where: ("causal", None, 0),
@@ -273,15 +276,18 @@ def test_raised_and_equal(raised, kind):
     ((mask, causal, factor),) = done.attentions
     assert ("causal" if causal else "none" if mask is None else "mask") == form
     assert scale is None or factor == pytest.approx(scale, rel=1e-7)
-    assert done.count("softmax") == done.count("einsum") == done.count("baddbmm") == done.count("masked_fill") == 0
+    assert done.count("softmax") == done.count("einsum") == done.count("baddbmm") == 0
     assert done.count("layer_norm") + done.count("rms_norm") == norms
-    assert done.outcome.evidence.forward <= 1e-12 and done.outcome.evidence.gradient <= 1e-10
+    evidence = done.outcome.evidence
+    assert evidence.forward <= 1e-12
+    assert kind is Floor if evidence.gradient is None else evidence.gradient <= 1e-10
     compiled = torch.compile(to_torch(done.program), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), done.model(X), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # what inductor imports
 @pytest.mark.parametrize("kind", [BothScaled, Qwen], ids=lambda kind: kind.__name__)
 def test_equal_in_inductor(raised, kind):
     done = raised(kind(), X, passes=RAISE)
@@ -354,8 +360,9 @@ def test_left_alone_with_a_sentence(raised, body, spelling, reason):
     assert not reason or any(reason in r for r in done.reasons), done.reasons
 
 
-def test_weights_that_are_dropped_out_while_training(raised, body):
-    done = raised(body(lambda m, x: (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.3, True) @ v)(*m.heads(x))), X,
-                  passes=RAISE)  # fmt: skip
-    assert not done.attentions
-    assert any("dropped out" in r for r in done.reasons), done.reasons
+def test_weights_that_are_dropped_out_while_training():
+    """A kernel would draw other ones: left alone, with dropout on or to be switched on."""
+    program, context = tautomer.capture(MinGPT().train(), (X,)), Context()
+    run_passes([kind() for kind in RAISE], program, context)
+    assert not any(application.rewrite == "raise-attention" for application in context.log.applications)
+    assert any("dropped out" in refusal.reason for refusal in context.log.refusals), context.log.refusals
