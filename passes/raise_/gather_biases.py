@@ -14,7 +14,9 @@ import torch
 
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
-from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Scalar, Tensor, dtype, require
+from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Scalar, Tensor
+
+from .spellings import require_bias
 
 aten = torch.ops.aten
 
@@ -35,7 +37,7 @@ class GatherBiases(Rule):
 
     def where(self, m: Match) -> None:
         for bias in (m.a, m.b, m.less):
-            require(bias is None or dtype(bias) == dtype(m.q), f"a bias of {dtype(bias)} is added to scores of {dtype(m.q)}")
+            require_bias(bias, m.q, m.K)
 
     def after(self, op: Ops, q: Tensor, K: Tensor, c: Operand, d: Operand, a: Tensor, b: Tensor, less: Tensor, z: Tensor,
               beta: Scalar, alpha: Scalar) -> Operand:  # fmt: skip

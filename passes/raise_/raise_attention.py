@@ -20,7 +20,9 @@ from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Tensor, dtype, rank, require, shape
-from tautomer.rewrite.shapes import same, same_shape, show
+from tautomer.rewrite.shapes import same, same_shape
+
+from .spellings import require_bias
 
 aten = torch.ops.aten
 
@@ -50,12 +52,7 @@ class RaiseAttention(Rule):
             per_row = rank(scale) == 0 or (rank(scale) <= rank(m.q) and same(shape(scale)[-1], 1))
             fits = scale is None or (scale > 0 if _is_number(scale) else per_row)
             require(fits, "the scale is not positive, or varies along the keys")
-        if m.a is not None:
-            require(dtype(m.a) == dtype(m.q), f"a bias of {dtype(m.a)} is added to scores of {dtype(m.q)}")
-            require(rank(m.a) <= rank(m.q), "the bias has more axes than the scores")
-            scores = (*shape(m.q)[:-1], shape(m.K)[-1])
-            fits = all(same(own, 1) or same(own, size) for own, size in zip(shape(m.a)[::-1], scores[::-1], strict=False))
-            require(fits, f"a bias of {show(shape(m.a))} may not fit the scores at every length: they are {show(scores)}")
+        require_bias(m.a, m.q, m.K)
 
     def after(
         self, op: Ops, q: Tensor, K: Tensor, v: Tensor, c: Operand, d: Operand, e: Operand, f: Operand, a: Tensor

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from tautomer.rewrite.evidence import FORWARD
-from tautomer.rewrite.rules import Operand, Ops, require
+from tautomer.rewrite.rules import Operand, Ops, dtype, rank, require, shape
+from tautomer.rewrite.shapes import same, show
 
 
 def mean_square(op: Ops, x: Operand) -> Operand:
@@ -40,6 +41,17 @@ def require_constant(literal: float | None, constant: float, name: str, toleranc
     """Refuse a literal that is not ``constant``, to a relative ``tolerance``; none is no wrong one."""
     difference = 0.0 if literal is None else abs(literal / constant - 1)
     require(difference <= tolerance, f"the literal {literal!r} is not {name} but {difference:.1e} (relative) away from it")
+
+
+def require_bias(bias: Any, q: Any, K: Any) -> None:
+    """Refuse a summand that need not fit the scores q K at every length, or has another dtype; none is no wrong one."""
+    if bias is None:
+        return
+    require(dtype(bias) == dtype(q), f"a bias of {dtype(bias)} is added to scores of {dtype(q)}")
+    require(rank(bias) <= rank(q), "the bias has more axes than the scores")
+    scores = (*shape(q)[:-1], shape(K)[-1])
+    fits = all(same(own, 1) or same(own, size) for own, size in zip(shape(bias)[::-1], scores[::-1], strict=False))
+    require(fits, f"a bias of {show(shape(bias))} may not fit the scores at every length: they are {show(scores)}")
 
 
 ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.zeros.default}
