@@ -26,6 +26,7 @@ aten = torch.ops.aten
 LOW = -1e30
 """One rounding of this, even in float64, is far more than any score."""
 
+
 class AddFilledMask(Rule):
     """A filled mask → a mask that is added; see the module."""
 

@@ -1,8 +1,8 @@
 """Gather what is added to the scores of an attention, one part after the other, into one bias.
 
-    (s + a) + b = s + (a + b)        s = q kᵀ, scaled or not
-    (s + a) - b = s + (a - b)
-    softmax(s - b) = softmax(s + (-b)),    softmax(baddbmm(a, q, kᵀ)) = softmax(q kᵀ + a)
+(s + a) + b = s + (a + b)        s = q kᵀ, scaled or not
+(s + a) - b = s + (a - b)
+softmax(s - b) = softmax(s + (-b)),    softmax(baddbmm(a, q, kᵀ)) = softmax(q kᵀ + a)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Move the product with a number behind the view that follows it, so that what reads the view sees the number.
 
-    view(c x) = c view(x)        transpose, permute, reshape, unsqueeze
+view(c x) = c view(x)        transpose, permute, reshape, unsqueeze
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-
 from zoo.models import ZOO, Example, _text, _vision, ids, pixels, randomize
 
 _DECODER: dict[str, Any] = {
@@ -44,11 +43,6 @@ def _sound(kind: str, config: str, **options: Any) -> Callable[[], Example]:
         return randomize(getattr(transformers, kind)(settings)), {"input_values": torch.randn(2, 400)}
 
     return build
-
-
-def _larger(kind: str, config: str, **options: Any) -> Callable[[], Example]:
-    """``_vision`` for a network that divides its images often."""
-    return lambda: (_vision(kind, config, **options)()[0], {"pixel_values": pixels(options["image_size"])})
 
 
 def _clip() -> Example:
@@ -170,8 +164,6 @@ MORE: dict[str, Callable[[], Example]] = {
                    hidden_sizes=[8, 16], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
     "poolformer": _vision("PoolFormerModel", "PoolFormerConfig", depths=[1, 1], hidden_sizes=[8, 16], num_encoder_blocks=2,
                           patch_sizes=[3, 3], strides=[2, 2], padding=[1, 1]),
-    "levit": _larger("LevitModel", "LevitConfig", image_size=64, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2],
-                     depths=[1, 1, 1], key_dim=[4, 4, 4]),
     "mobilevit": _vision("MobileViTModel", "MobileViTConfig", image_size=32, hidden_sizes=[16, 16, 16],
                          neck_hidden_sizes=[4, 4, 8, 8, 8, 8, 16], num_attention_heads=2),
     "clip": _clip,

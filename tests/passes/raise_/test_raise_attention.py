@@ -148,7 +148,9 @@ def test_near_misses_stay(raised, body, spelling):
     assert not done.attentions
 
 
-@pytest.mark.parametrize("spelling", ["weights returned", "a negative scale", "shared key head, values of their own", "one head, no batch"])
+@pytest.mark.parametrize(
+    "spelling", ["weights returned", "a negative scale", "shared key head, values of their own", "one head, no batch"]
+)
 def test_says_why(raised, body, spelling):
     done = raised(body(lambda m, x: NEAR_MISSES[spelling](*m.heads(x))), X)
     words = {

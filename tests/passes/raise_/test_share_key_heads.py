@@ -133,6 +133,7 @@ def test_the_onnx_file_shares_them_too(tmp_path, causal):
 def test_half_precision_on_cuda_alone(raised, body):
     """[GPU] A fused kernel that shares heads is for half precision without a mask."""
     from tautomer.passes.raise_.share_key_heads import fused
+
     assert fused(torch.device("cpu"), torch.float32, masked=True)
     assert fused(torch.device("cuda"), torch.bfloat16, masked=False)
     assert not fused(torch.device("cuda"), torch.bfloat16, masked=True)
