@@ -136,7 +136,7 @@ NEAR_MISSES = {
     "a negative scale": lambda q, k, v: (q @ k.mT * -0.5).softmax(-1) @ v,
     "a scale along the keys": lambda q, k, v: (q @ k.mT * k[..., :1].mT).softmax(-1) @ v,
     "weights transposed": lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v,
-    "shared key head, values of their own": lambda q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v,
+    "shared key head, own values": lambda q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v,
     "queries of one head, keys of many": lambda q, k, v: (q[:, :1] @ k.mT).softmax(-1) @ v,
     "one head, no batch": lambda q, k, v: (q[0, 0] @ k[0, 0].mT).softmax(-1) @ v[0, 0],
 }
@@ -149,14 +149,14 @@ def test_near_misses_stay(raised, body, spelling):
 
 
 @pytest.mark.parametrize(
-    "spelling", ["weights returned", "a negative scale", "shared key head, values of their own", "one head, no batch"]
+    "spelling", ["weights returned", "a negative scale", "shared key head, own values", "one head, no batch"]
 )
 def test_says_why(raised, body, spelling):
     done = raised(body(lambda m, x: NEAR_MISSES[spelling](*m.heads(x))), X)
     words = {
         "weights returned": "is also read by",
         "a negative scale": "not positive",
-        "shared key head, values of their own": "other leading axes",
+        "shared key head, own values": "other leading axes",
         "one head, no batch": "not 3 or 4",
     }
     assert any(words[spelling] in reason for reason in done.reasons), done.reasons
