@@ -45,7 +45,7 @@ def test_the_fourth_root_on_both(raised, body):
     """Queries and keys are scaled before their heads are split."""
 
     def forward(m, x):
-        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (m.q(x) * 8**-0.25, m.k(x) * 8**-0.25, m.v(x)))
+        q, k, v = (y.view(*x.shape[:2], 4, 8).transpose(1, 2) for y in (m.q(x) * 8**-0.25, m.k(x) * 8**-0.25, m.v(x)))
         return (q @ k.transpose(2, 3)).softmax(-1) @ v
 
     done = raised(body(forward), X)
