@@ -41,11 +41,15 @@ from .raise_.absorb_layer_norm_shift import AbsorbLayerNormShift
 from .raise_.absorb_rms_norm_gain import AbsorbRmsNormGain
 from .raise_.add_filled_mask import AddFilledMask
 from .raise_.add_mask_of_sizes import AddMaskOfSizes
+from .raise_.drop_added_zero import DropAddedZero
 from .raise_.drop_layer_norm_casts import DropLayerNormCasts
 from .raise_.drop_norm_casts import DropNormCasts
+from .raise_.drop_score_floor import DropScoreFloor
 from .raise_.drop_softmax_casts import DropSoftmaxCasts
+from .raise_.gather_biases import GatherBiases
 from .raise_.keep_reduced_axis import KeepReducedAxis
 from .raise_.merge_permutes import MergePermutes
+from .raise_.move_scale_behind_view import MoveScaleBehindView
 from .raise_.raise_attention import RaiseAttention
 from .raise_.raise_bare_rms_norm import RaiseBareRmsNorm
 from .raise_.raise_einsum import RaiseEinsum
@@ -58,11 +62,13 @@ from .raise_.raise_merged_heads import RaiseMergedHeads
 from .raise_.raise_mixed_rms_norm import RaiseMixedRmsNorm
 from .raise_.raise_normalize import RaiseNormalize
 from .raise_.raise_quick_gelu import RaiseQuickGelu
+from .raise_.raise_repeat_interleave import RaiseRepeatInterleave
 from .raise_.raise_rms_norm import RaiseRmsNorm
 from .raise_.raise_rotary import RaiseRotary
 from .raise_.raise_rounded_gelu import RaiseRoundedGelu
 from .raise_.raise_silu import RaiseSilu
 from .raise_.raise_tanh_gelu import RaiseTanhGelu
+from .raise_.share_key_heads import ShareKeyHeads
 from .raise_.widen_rotary import WidenRotary
 
 
@@ -88,11 +94,17 @@ ATTENTION: tuple[type[Pass], ...] = (
     AddMaskOfSizes,
     RaiseEinsum,
     DropSoftmaxCasts,
+    DropScoreFloor,
+    DropAddedZero,
     AddFilledMask,
+    GatherBiases,
     RaiseMergedHeads,
     RaiseAttention,
+    MoveScaleBehindView,
     AbsorbAttentionScale,
     MergePermutes,
+    RaiseRepeatInterleave,
+    ShareKeyHeads,
     RaiseMask,
 )
 RAISE: tuple[type[Pass], ...] = (

@@ -465,6 +465,7 @@ def _table() -> dict[Any, Rule]:
         ((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),
         ((aten.slice.Tensor, aten.index_select.default, aten.narrow.default, aten.cumsum.default), _along_another(1)),
         ((aten.flip.default,), _along_another(1)),
+        ((aten.repeat_interleave.self_int,), _along_another(2)),
         ((aten.roll.default,), _along_another(2, default=())),  # type: ignore[arg-type]
         ((aten.select.int,), _select),
         ((aten.index.Tensor,), _index),

@@ -290,6 +290,38 @@ def drop_double_transpose(op: Ops, x: Any) -> Any:
     return None if inner is None else inner[0]
 
 
+def spell_number(op: GraphOps, node: fx.Node) -> fx.Node | None:
+    """where(m, x, full([], c)) = where(m, x, c);  masked_fill likewise; c may be a constant that export lifted out of the code"""
+    if node.target not in (aten.where.self, aten.masked_fill.Tensor):
+        return None
+    number = _number(node.args[2], op.program)
+    if number is None:
+        return None
+    call = aten.where.ScalarOther if node.target is aten.where.self else aten.masked_fill.Scalar
+    return op(call)(*node.args[:2], number)  # type: ignore[no-any-return]
+
+
+def spell_lifted(op: GraphOps, node: fx.Node) -> fx.Node | None:
+    """max(x, constant of no axes) = max(x, full([], c)): a number of the user's code that export lifted out of it"""
+    x, number = _node(node.args[0]), node.args[1] if len(node.args) == 2 else None
+    if x is None or not isinstance(number, fx.Node) or number.op != "get_attr":
+        return None
+    value = _number(number, op.program)
+    if value is None:
+        return None
+    full = op(aten.full.default)([], value, dtype=_dtype(number), device=_device(number), pin_memory=False)
+    return op(node.target)(x, full)  # type: ignore[no-any-return, arg-type]
+
+
+def drop_stretched_mask(op: GraphOps, node: fx.Node) -> fx.Node | None:
+    """masked_fill(x, expand(m, …), c) = masked_fill(x, m, c)"""
+    x, mask, fill = node.args
+    inner = _node(mask)
+    if inner is None or _packet(inner) not in ("expand", "expand_as") or not _shape(inner.args[0]):
+        return None
+    return op(node.target)(x, inner.args[0], fill)  # type: ignore[no-any-return, arg-type]
+
+
 def drop_softmax_dtype(op: GraphOps, node: fx.Node) -> fx.Node | None:
     """softmax(x, k, dtype of x) = softmax(x, k)"""
     x, dim, dtype = (arguments(node)[name] for name in ("self", "dim", "dtype"))
@@ -356,6 +388,9 @@ _STEPS: dict[str, tuple[Step, ...]] = {
     "mul": (Step(drop_one),),
     "div": (Step(drop_one),),
     "cat": (Step(drop_empty_cat),),
+    "where": (Step(spell_number),),
+    **dict.fromkeys(("max", "maximum"), (Step(spell_lifted),)),
+    "masked_fill": (Step(spell_number), Step(drop_stretched_mask)),
     "softmax": (Step(drop_softmax_dtype),),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), (Step(drop_dropout),)),
 }
@@ -378,6 +413,17 @@ def _steps(node: fx.Node) -> tuple[Step | Spelling, ...]:
 
 
 # -- questions about nodes ------------------------------------------------------------------------------------
+
+
+def _number(x: Any, program: Program) -> float | None:
+    """The number that ``x`` is, as its dtype holds it: a full of no axes, or a lifted constant of no axes."""
+    if not isinstance(x, fx.Node) or not isinstance(x.meta.get("val"), Tensor) or _shape(x):
+        return None
+    if x.op == "get_attr" and x.target in program.weights and program.weights[str(x.target)].kind == "constant":
+        value = program.weights.value(str(x.target))
+        return None if value.is_meta else value.item()
+    number = x.args[1] if x.target is aten.full.default else None
+    return torch.full((), number, dtype=_dtype(x)).item() if isinstance(number, (int, float)) else None
 
 
 def _node(x: Any) -> fx.Node | None:

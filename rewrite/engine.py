@@ -132,7 +132,7 @@ class _Index:
 
 class _Engine:
     def __init__(self, rules: Sequence[Equation], program: Program, context: Context, editor: Editor | None = None) -> None:
-        self.program, self.context = program, context
+        self.rules, self.program, self.context = rules, program, context
         self.editor = editor or Editor(program)
         self.index = _Index(rules)
         self.queue: list[fx.Node] = []
@@ -160,6 +160,9 @@ class _Engine:
                 self.context.refused(rule, node, reason)
         for (loser, _), (node, winner) in self.conflicts.items():
             self.context.refused(loser, node, f"{winner.name} took these nodes first")
+        for rule in self.rules:
+            for node, reason in rule.misses(self.program):
+                self.context.refused(rule, node, reason)
 
     def drain(self) -> None:
         while self.queue:

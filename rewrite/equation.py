@@ -51,6 +51,13 @@ class Equation(Pass):
         """Operands by variable name, float64: the equation is tested on each. A rule without samples is not accepted."""
         yield from ()
 
+    def misses(self, program: Program) -> Iterator[tuple[fx.Node, str]]:
+        """Places of ``program`` that a user may expect to be rewritten and that the pattern does not fit, each with the reason.
+
+        Asked once, when nothing fires any more.
+        """
+        yield from ()
+
     @property
     def equation(self) -> str:
         """``linear(rms_norm(x, g), W) = linear(rms_norm(x), mul(W, g))``: both sides, read."""

@@ -61,6 +61,11 @@ class Band:
     def causal(self) -> bool:
         return self.left is None and self.right == 0
 
+    @property
+    def keeps_own(self) -> bool:
+        """Whether every position sees itself."""
+        return (self.left is None or self.left >= 0) and (self.right is None or self.right >= 0)
+
     def __str__(self) -> str:
         if self.full:
             return "full"
@@ -81,13 +86,13 @@ class Masks:
         self._groups = _groups(program)
         self._values: dict[fx.Node, list[Tensor] | Refused] = {}
 
-    def band(self, node: fx.Node) -> Band:
-        """What ``node`` keeps: True in a boolean mask, zero in one that is added to the scores.
+    def band(self, node: fx.Node, *, keeps: bool = True) -> Band:
+        """What ``node`` keeps: True in a boolean mask (False if it says what it drops), zero in one that is added.
 
         Raises:
             Refused: its values depend on more than sizes, or it is no band.
         """
-        masks = [kept(value) for value in self.values(node)]
+        masks = [kept(value) if keeps else ~kept(value) for value in self.values(node)]
         band = _band(masks)
         return Band(band.left, band.right, ", ".join(dict.fromkeys(f"{mask.shape[-2]}×{mask.shape[-1]}" for mask in masks)))
 

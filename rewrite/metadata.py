@@ -100,6 +100,9 @@ class Metadata:
             except Exception as error:
                 shown = ", ".join(show(x.shape) if isinstance(x, Tensor) else str(x) for x in args)
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = reason.replace(
+                    "Guard attempted while ShapeEnv guards are frozen:", "PyTorch cannot tell for every input whether"
+                )
                 raise Refused(f"{getattr(target, '__name__', target)}({shown}) is impossible: {reason}") from error
 
     def agree(self, old: Any, new: Any) -> bool:

@@ -1,6 +1,6 @@
 """Add a mask to the scores of a softmax instead of filling it in, where it is computed from sizes alone.
 
-    softmax(where(keep, s, -1e9)) = softmax(s + where(keep, 0, -inf))        every row keeps something
+    softmax(where(keep, s, -1e9) + b) = softmax(s + where(keep, 0, -inf) + b)        every row keeps something
 
 The two are equal, gradients too, unless a row is masked everywhere; the rows of a mask of sizes can be seen
 (``rewrite/masks.py``). ``add_filled_mask`` is for other masks.
@@ -16,13 +16,14 @@ from torch import Tensor, fx
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.emit import Editor
 from tautomer.rewrite.errors import Refused, require
-from tautomer.rewrite.masks import LOW, Masks
+from tautomer.rewrite.masks import LOW, Band, Masks
 from tautomer.rewrite.ops import normal
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
-from tautomer.rewrite.rules import dtype
+from tautomer.rewrite.rules import dtype, shape
+from tautomer.rewrite.shapes import same
 
-from .spellings import additive_mask
+from .spellings import ZEROS, additive_mask
 
 aten = torch.ops.aten
 
@@ -36,12 +37,18 @@ class AddMaskOfSizes(Pass):
     def run(self, program: Program, context: Context) -> None:
         masks, editor = Masks(program), Editor(program)
         for node in list(program.graph.nodes):
-            if node.target not in _FILLS or not _under_softmax(node):
+            biases = _biases(node) if node.target in _FILLS else None
+            if biases is None:
                 continue
-            keeps = node.target in _KEEPS
+            keeps = node.target is aten.where.ScalarOther
+            low: Any = node.args[2]
             scores, mask = (node.args[1], node.args[0]) if keeps else node.args[:2]
+            if scores.target in ZEROS:  # type: ignore[union-attr]
+                continue  # the mask is added already
             try:
-                _require_rows(_number(node), dtype(node), masks.values(mask), keeps)  # type: ignore[arg-type]
+                _require_rows(low, dtype(node), masks.values(mask), keeps)  # type: ignore[arg-type]
+                for bias in biases if low > -float("inf") else ():
+                    _require_own_positions(masks.band(mask, keeps=keeps), masks.band(bias), node)  # type: ignore[arg-type]
             except Refused as refusal:
                 context.refused(self, node, str(refusal))
                 continue
@@ -52,24 +59,30 @@ class AddMaskOfSizes(Pass):
                 program.replace(node, op.node(op.add(scores, bias)))
 
 
-_KEEPS = {aten.where.ScalarOther, aten.where.self}
-_FILLS = _KEEPS | {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+_FILLS = {aten.where.ScalarOther, aten.masked_fill.Scalar}
 
 
-def _under_softmax(node: fx.Node) -> bool:
-    """Whether nothing but softmax along the last axis reads the filled scores."""
-    return bool(node.users) and all(user.target is aten.softmax.int and normal(user)[1] == -1 for user in node.users)
+def _biases(node: fx.Node) -> list[fx.Node] | None:
+    """What is added to the filled scores before softmax along the last axis, which nothing else reads; None otherwise."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user.target is aten.add.Tensor and not user.kwargs and all(isinstance(x, fx.Node) for x in user.args):
+            further = _biases(user)
+            if further is None:
+                return None
+            found += [*(x for x in user.all_input_nodes if x is not node), *further]
+        elif user.target is not aten.softmax.int or normal(user)[1] != -1:
+            return None
+    return found if node.users else None
 
 
-def _require_rows(low: float | None, kind: torch.dtype, masks: list[Tensor], keeps: bool) -> None:
-    require(low is not None, "what fills the masked scores is computed at run time")
-    assert low is not None
+def _require_own_positions(mask: Band, other: Band, scores: fx.Node) -> None:
+    """Two masks that keep every position's own leave something of every row."""
+    require(mask.keeps_own and other.keeps_own, "two masks together may mask a row everywhere")
+    require(same(*shape(scores)[-2:]), "two masks together may mask a row everywhere: there may be fewer keys than queries")
+
+
+def _require_rows(low: Any, kind: torch.dtype, masks: list[Tensor], keeps: bool) -> None:
+    require(isinstance(low, (int, float)), "what fills the masked scores is computed at run time")
     require(low <= max(LOW, torch.finfo(kind).min), f"masked scores are {low}: softmax may still see them")
     require(all(bool((mask if keeps else ~mask).any(-1).all()) for mask in masks), "a row is masked everywhere")
-
-
-def _number(node: fx.Node) -> float | None:
-    number: Any = node.args[2]
-    if isinstance(number, fx.Node):
-        number = number.args[1] if number.target is aten.full.default else None
-    return float(number) if isinstance(number, (int, float)) else None

@@ -79,7 +79,7 @@ def _without_mask(node: fx.Node, masks: Masks) -> tuple[Any, str]:
         raise
     if band.full:
         return None, f"full, checked at {band.sizes}"
-    require(band.causal, f"the mask is {band}: neither full nor causal")
+    require(band.causal, f"the mask is {band}: it stays a mask, attention has words for full and causal ones alone")
     rows, columns = shape(query)[-2], shape(key)[-2]
     require(same(rows, columns), "the mask is causal, but there may be more keys than queries")
     require(same(shape(bias)[-2], rows) and same(shape(bias)[-1], columns), "the mask is spread over the queries or keys")

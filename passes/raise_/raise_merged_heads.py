@@ -30,7 +30,8 @@ class RaiseMergedHeads(Rule):
 
     def before(self, op: Ops, q: Tensor, K: Tensor, v: Tensor, a: Tensor, beta: Scalar, c: Scalar, b: Tensor,
                split: Operand, merge: Operand) -> Operand:  # fmt: skip
-        scores = op.any_of(op(aten.baddbmm.default)(a, q, K, beta=beta, alpha=c), op.matmul(q, K))
+        product = op.matmul(q, K)
+        scores = op.any_of(op(aten.baddbmm.default)(a, q, K, beta=beta, alpha=c), op.add(product, a), product)
         biased = op.add(op.reshape(scores, split), b)
         weights = op.any_of(op.reshape(op.softmax(biased, -1), merge), op.softmax(op.reshape(biased, merge), -1))
         return op.matmul(weights, v)
@@ -52,7 +53,7 @@ class RaiseMergedHeads(Rule):
             return op.unflatten(x, 0, [-1, split[1]])
 
         if a is not None:
-            b = op.add(apart(a) if beta == 1 else op.mul(apart(a), beta), b)
+            b = op.add(apart(a) if beta in (None, 1) else op.mul(apart(a), beta), b)
         whole = attention(op, apart(q), op.transpose(apart(K), -2, -1), apart(v), b, 1.0 if c is None else c)
         return op.flatten(whole, 0, 1)
 

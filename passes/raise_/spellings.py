@@ -10,7 +10,8 @@ from torch import fx
 
 from tautomer.rewrite.evidence import FORWARD
 from tautomer.rewrite.program import Program
-from tautomer.rewrite.rules import Match, Operand, Ops, dtype, require
+from tautomer.rewrite.rules import Match, Operand, Ops, dtype, rank, require, shape
+from tautomer.rewrite.shapes import same, show
 from tautomer.rewrite.weights import Apply, Leaf
 
 
@@ -50,6 +51,21 @@ def require_constant(literal: float | None, constant: float, name: str, toleranc
     """Refuse a literal that is not ``constant``, to a relative ``tolerance``; none is no wrong one."""
     difference = 0.0 if literal is None else abs(literal / constant - 1)
     require(difference <= tolerance, f"the literal {literal!r} is not {name} but {difference:.1e} (relative) away from it")
+
+
+def require_bias(bias: Any, q: Any, K: Any) -> None:
+    """Refuse a summand that need not fit the scores q K at every length, or has another dtype; none is no wrong one."""
+    if bias is None:
+        return
+    require(dtype(bias) == dtype(q), f"a bias of {dtype(bias)} is added to scores of {dtype(q)}")
+    require(rank(bias) <= rank(q), "the bias has more axes than the scores")
+    scores = (*shape(q)[:-1], shape(K)[-1])
+    fits = all(same(own, 1) or same(own, size) for own, size in zip(shape(bias)[::-1], scores[::-1], strict=False))
+    require(fits, f"a bias of {show(shape(bias))} may not fit the scores at every length: they are {show(scores)}")
+
+
+ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.zeros.default}
+"""What a mask that is added is filled into."""
 
 
 def additive_mask(op: Ops, mask: Operand, kind: Any, low: Any, *, keeps: bool) -> Operand:

@@ -257,3 +257,41 @@ def test_a_view_as_a_weight_does_not_read_it():
         == 2
     )
     assert calls(lambda m, x: x.flatten().view_as(x.relu())) == ["flatten", "relu", "view_as"], "a free size stays"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.where(m.mask > 0, x, torch.full([], -2.0)),
+        lambda m, x: x.masked_fill(m.mask > 0, torch.full([], -2.0)),
+        lambda m, x: torch.where(m.mask > 0, x, torch.tensor(-2.0)),
+        lambda m, x: x.masked_fill(m.mask > 0, torch.tensor(torch.finfo(x.dtype).min)),
+        lambda m, x: x.masked_fill((m.mask > 0).expand_as(x), -2.0),
+        lambda m, x: x.masked_fill((m.mask > 0).expand(x.shape[0], 3, 4), -2.0),
+    ],
+)
+def test_a_number_that_fills_is_a_literal(function):
+    names = calls(function)
+    assert names[0] == "gt" and names[1:] in (["where"], ["masked_fill"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.where(m.mask > 0, x, m.b[0]),  # it trains
+        lambda m, x: torch.where(m.mask > 0, x, torch.full([1], 2.0)),  # it has an axis
+    ],
+)
+def test_what_is_no_number_stays(function):
+    assert len(calls(function)) > 2
+
+
+def test_a_number_holds_what_its_dtype_holds():
+    """-1e9 is -inf in float16; as a literal it would not fit."""
+    half = torch.randn(2, 3, 4).half()
+    assert calls(lambda m, x: x.masked_fill(m.mask > 0, torch.full([], -1e9, dtype=torch.float16)), half) == ["gt", "masked_fill"]
+
+
+def test_a_lifted_floor_is_a_full():
+    assert calls(lambda m, x: torch.max(x, torch.tensor(-2.0))) == ["full", "max"]
+    assert calls(lambda m, x: torch.max(x, m.b[0])) == ["select", "max"]

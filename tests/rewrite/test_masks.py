@@ -108,3 +108,14 @@ def test_a_band_reads():
     assert Band(None, None).full and Band(None, 0).causal and not Band(3, 0).causal
     assert str(Band(3, 0)) == "a window of 4"
     assert LARGEST >= 4096 + 2
+
+
+def test_a_mask_may_say_what_it_drops():
+    masks, node = masks_of(lambda m, ids, other: offset(ids) > 0)
+    assert masks.band(node, keeps=False).causal and masks.band(node, keeps=False).keeps_own
+    assert not masks.band(node).keeps_own
+
+
+@pytest.mark.parametrize(("band", "own"), [((None, 0), True), ((3, 0), True), ((None, -1), False), ((-1, None), False)])
+def test_a_band_keeps_its_own_positions(band, own):
+    assert Band(*band).keeps_own is own

@@ -45,6 +45,12 @@ class Raised:
         return [(args[3], bool(args[5]), node.kwargs.get("scale")) for args, node in zip(padded, nodes, strict=True)]
 
     @property
+    def shared_heads(self) -> list[int]:
+        """How many key heads there are in each attention whose query heads share them."""
+        nodes = self.program.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+        return [node.args[1].meta["val"].shape[1] for node in nodes if node.kwargs.get("enable_gqa")]
+
+    @property
     def reasons(self) -> list[str]:
         return [refusal.reason for refusal in self.log.refusals]
 

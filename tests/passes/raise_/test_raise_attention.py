@@ -136,7 +136,8 @@ NEAR_MISSES = {
     "a negative scale": lambda q, k, v: (q @ k.mT * -0.5).softmax(-1) @ v,
     "a scale along the keys": lambda q, k, v: (q @ k.mT * k[..., :1].mT).softmax(-1) @ v,
     "weights transposed": lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v,
-    "shared key head": lambda q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v[:, :1],
+    "shared key head, own values": lambda q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v,
+    "queries of one head, keys of many": lambda q, k, v: (q[:, :1] @ k.mT).softmax(-1) @ v,
     "one head, no batch": lambda q, k, v: (q[0, 0] @ k[0, 0].mT).softmax(-1) @ v[0, 0],
 }
 
@@ -147,23 +148,25 @@ def test_near_misses_stay(raised, body, spelling):
     assert not done.attentions
 
 
-@pytest.mark.parametrize("spelling", ["weights returned", "a negative scale", "shared key head", "one head, no batch"])
+@pytest.mark.parametrize(
+    "spelling", ["weights returned", "a negative scale", "shared key head, own values", "one head, no batch"]
+)
 def test_says_why(raised, body, spelling):
     done = raised(body(lambda m, x: NEAR_MISSES[spelling](*m.heads(x))), X)
     words = {
         "weights returned": "is also read by",
         "a negative scale": "not positive",
-        "shared key head": "other leading axes",
+        "shared key head, own values": "other leading axes",
         "one head, no batch": "not 3 or 4",
     }
     assert any(words[spelling] in reason for reason in done.reasons), done.reasons
 
 
-def test_the_order_of_repeated_heads_stays(raised, body):
-    """k1 k2 k1 k2 is not k1 k1 k2 k2: both are raised with the keys as they were repeated."""
-    for repeat in (lambda y: y[:, :2].repeat(1, 2, 1, 1), lambda y: y[:, :2].repeat_interleave(2, 1)):
-        done = raised(body(lambda m, x, r=repeat: (lambda q, k, v: mix(q @ r(k).mT, r(v)))(*m.heads(x))), X)
-        assert len(done.attentions) == 1
+def test_one_key_head_for_all(raised, body):
+    done = raised(body(lambda m, x: (lambda q, k, v: mix(q @ k[:, :1].mT / 3, v[:, 1:2]))(*m.heads(x))), X)
+    ((mask, causal, scale),) = done.attentions
+    assert mask is None and not causal and scale == 1 / 3
+    assert done.shared_heads == [1]
 
 
 def test_two_lengths(raised, body):
