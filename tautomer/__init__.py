@@ -25,11 +25,13 @@ from ._front import (
     save,
     verify,
 )
+from ._inplace import Rewriting, optimize_
 from ._replay import bisect, replay
 
 __all__ = [
     "Catalogue",
     "Explanation",
+    "Rewriting",
     "bench",
     "bisect",
     "capture",
@@ -40,6 +42,7 @@ __all__ = [
     "fold",
     "load",
     "optimize",
+    "optimize_",
     "optimize_parts",
     "replay",
     "save",
