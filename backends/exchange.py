@@ -42,7 +42,7 @@ def form_of(module: nn.Module) -> tuple[type[nn.Module], str | None, Mode] | Non
 
 
 @functools.cache
-def exchanged(base: type[nn.Module], code: str | None, mode: Mode) -> type[nn.Module]:
+def exchanged(base: Any, code: str | None, mode: Mode) -> type[nn.Module]:
     """The subclass of ``base`` that computes ``code``.
 
     Args:
@@ -54,7 +54,7 @@ def exchanged(base: type[nn.Module], code: str | None, mode: Mode) -> type[nn.Mo
         forward = _guarded(forward, base, mode)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _revive, (base, code, mode), self.__getstate__()
+        return _revive, (base, code, mode), self.__getstate__()  # type: ignore[no-untyped-call]
 
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "tautomer_form": (base, code, mode)}
     return type(PREFIX + base.__name__, (base,), members)
@@ -66,7 +66,8 @@ def _compiled(code: str, base: type[nn.Module]) -> Any:
 
 
 def _guarded(forward: Any, base: type[nn.Module], mode: Mode) -> Any:
-    message = f"{base.__name__} was rewritten in {mode} mode, where dropout is {'off' if mode == 'eval' else 'on'}, and computes that alone"
+    noise = "off" if mode == "eval" else "on"
+    message = f"{base.__name__} was rewritten in {mode} mode, where dropout is {noise}, and computes that alone"
     hint = f"call model.{mode}(), or optimize_(…, mode='both') a fresh model"
     training = mode == "train"
 

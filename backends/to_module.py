@@ -11,7 +11,7 @@ the original classes too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,13 +44,13 @@ class Edit:
     """What is to be done to the model.
 
     Attributes:
-        code: the new code of modules, as text.
+        code: the new code of modules, as text; None for a module that keeps its own and only watches the mode.
         weights: the table of the model afterwards: every key, with what it is over the original's.
         unread: the parameters that nothing reads any more.
         faults: what stands against it; if there is any, nothing may be done.
     """
 
-    code: Mapping[nn.Module, str]
+    code: Mapping[nn.Module, str | None]
     weights: Weights
     unread: tuple[str, ...]
     faults: tuple[Fault, ...]
@@ -62,7 +62,15 @@ def plan(captured: Program, rewritten: Program, model: nn.Module, modules: Mappi
     comparison.run()
     code, split = comparison.code(model)
     weights, unread, lost = comparison.weights()
+    if captured.mode != "both" and not code:
+        code = dict.fromkeys(_owners(model, weights))
     return Edit(code, weights, unread, (*comparison.needed(), *split, *lost))
+
+
+def _owners(model: nn.Module, weights: Weights) -> list[nn.Module]:
+    """The modules below the root that hold an edited weight."""
+    edited = {name.rpartition(".")[0] for name, weight in weights.entries.items() if weight.edited}
+    return [module for path, module in model.named_modules() if path and path in edited]
 
 
 class _Blame(Exception):
@@ -130,7 +138,9 @@ class _Comparison:
         consumed = [self.storage(name) for x in weights for name in self.leaves(x)]
         others = [x for x in node.all_input_nodes if x not in weights]
         neutral = node.target in _NEUTRAL and consumed and self.read.isdisjoint(consumed) and len(others) == 1
-        require(neutral and _same_shape(node, others[0]), f"the rewrite changes {target_name(node)}, which is no module's own code")
+        require(
+            neutral and _same_shape(node, others[0]), f"the rewrite changes {target_name(node)}, which is no module's own code"
+        )
         self.kept.update(consumed)
         return self.twins[others[0]]
 
@@ -144,7 +154,8 @@ class _Comparison:
                 return (x.target, self.operands(x, twins))
             return twins.get(x, x)
 
-        return fx.node.map_arg((node.args, node.kwargs), comparable)
+        given: Any = fx.node.map_arg((node.args, node.kwargs), comparable)
+        return given
 
     def storage(self, name: str) -> Hashable:
         """The identity of a weight, under any name, edited or not; a new weight is its own."""
@@ -168,12 +179,12 @@ class _Comparison:
 
     # -- modules ----------------------------------------------------------------------------------------------
 
-    def code(self, model: nn.Module) -> tuple[dict[nn.Module, str], list[Fault]]:
+    def code(self, model: nn.Module) -> tuple[dict[nn.Module, str | None], list[Fault]]:
         """The new code by module; a module that is called several times needs the same in all of its calls."""
         calls: dict[nn.Module, list[str]] = {}
         for call, nodes in self.old.nodes.items():
             calls.setdefault(model.get_submodule(path_of(nodes[0])), []).append(call)
-        code, faults = dict[nn.Module, str](), list[Fault]()
+        code, faults = dict[nn.Module, str | None](), list[Fault]()
         for call, text in self.texts.items():
             module, path = self.modules[call], path_of(self.old.nodes[call][0])
             if any(self.texts.get(other) != text for other in calls[module]):
@@ -223,7 +234,9 @@ class _Comparison:
         same = before[name].meta.dtype == weight.meta.dtype and same_shape(before[name].meta.shape, weight.meta.shape)
         require(same, f"'{name}' would change its shape or dtype")
         others = (self.rewritten.weights.entries.get(other, weight) for other in before.aliases(name))
-        require(all(other.expression == weight.expression for other in others), f"'{name}' is tied, and would be read in two forms")
+        require(
+            all(other.expression == weight.expression for other in others), f"'{name}' is tied, and would be read in two forms"
+        )
         assert isinstance(weight.expression, Apply)
         return weight.expression
 
@@ -276,10 +289,6 @@ def _neutral_in(reader: fx.Node, operand: fx.Node) -> float | None:
     return None if more else values.get(name)
 
 
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return same_shape(a.meta["val"].shape, b.meta["val"].shape)
-
-
 # -- the edit -------------------------------------------------------------------------------------------------
 
 
@@ -295,22 +304,18 @@ def written(model: nn.Module, edit: Edit, mode: Mode) -> Iterator[Mapping[str, T
     distinct = {id(tensors[name]): name for name in reversed(edited)}
     values = {name: edit.weights.value(name) for name in distinct.values()}
     before = {key: tensors[name].detach().clone() for key, name in distinct.items()}
-    undo: list[Callable[[], object]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for key, name in distinct.items():
-            undo.append(lambda name=name, key=key: _overwrite(tensors[name], before[key]))  # type: ignore[misc]
+            undo.callback(_overwrite, tensors[name], before[key])
             _overwrite(tensors[name], values[name])
         for name in edit.unread:
-            undo.append(lambda name=name, trains=tensors[name].requires_grad: tensors[name].requires_grad_(trains))  # type: ignore[misc]
+            undo.callback(tensors[name].requires_grad_, tensors[name].requires_grad)
             tensors[name].requires_grad_(False)
         for module, code in edit.code.items():
-            undo.append(lambda module=module, kind=type(module): setattr(module, "__class__", kind))  # type: ignore[misc]
+            undo.callback(setattr, module, "__class__", type(module))
             exchange(module, code, mode)
         yield {name: before[id(tensors[name])] for name in edited}
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+        undo.pop_all()
 
 
 @torch.no_grad()

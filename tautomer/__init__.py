@@ -8,6 +8,8 @@ tautomer.export_onnx(fast, "model.onnx", args, kwargs)
 tautomer.nn has norms for models that will be trained.
 """
 
+from tautomer.backends.form import load_form, save_form
+
 from . import nn as nn
 from ._front import (
     Catalogue,
@@ -41,10 +43,12 @@ __all__ = [
     "export_onnx",
     "fold",
     "load",
+    "load_form",
     "optimize",
     "optimize_",
     "optimize_parts",
     "replay",
     "save",
+    "save_form",
     "verify",
 ]

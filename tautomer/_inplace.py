@@ -212,5 +212,3 @@ def _detached(weights: Weights) -> Weights:
     """The table without the tensors that were overwritten: an expression over the original's must not read the new ones."""
     leaves = {name: leaf.to("meta") if weights[name].edited else leaf for name, leaf in weights.leaves.items()}
     return Weights(leaves, weights.entries)
-
-
