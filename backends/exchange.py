@@ -32,6 +32,7 @@ def text_of(code: fx.Graph) -> str:
 
 def exchange(module: nn.Module, code: str | None, mode: Mode) -> None:
     """Give ``module`` new code, in place of its class's own or of what it was given before."""
+    base: Any
     base, _, earlier = form_of(module) or (type(module), None, "both")
     module.__class__ = exchanged(base, code, mode if earlier == "both" else earlier)
 
@@ -81,6 +82,6 @@ def _guarded(forward: Any, base: type[nn.Module], mode: Mode) -> Any:
     return guarded
 
 
-def _revive(base: type[nn.Module], code: str | None, mode: Mode) -> nn.Module:
-    kind = exchanged(base, code, mode)
+def _revive(base: Any, code: str | None, mode: Mode) -> nn.Module:
+    kind: type[nn.Module] = exchanged(base, code, mode)
     return kind.__new__(kind)

@@ -67,6 +67,7 @@ def load_form(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Example: ``model = GPT2LMHeadModel.from_pretrained("out"); load_form(model, "out")``
     """
     wanted: list[tuple[nn.Module, dict[str, Any], str | None]] = []
+    base: Any
     for entry in _read(Path(folder) / FORM):
         try:
             module = model.get_submodule(entry["path"])

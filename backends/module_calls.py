@@ -20,6 +20,7 @@ from tautomer.rewrite.interpret import writes
 from tautomer.rewrite.pass_base import FIXED
 from tautomer.rewrite.program import Program, path_of
 from tautomer.rewrite.record import eager
+from tautomer.rewrite.weights import Apply, Expression, Leaf
 
 aten = torch.ops.aten
 Seen = Mapping[nn.Module, Sequence[tuple[Any, Any]]]
@@ -66,6 +67,7 @@ class Calls:
     """
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self.nodes: dict[str, list[fx.Node]] = {}
         self.constants: set[fx.Node] = set()
         for node in program.graph.nodes:
@@ -133,8 +135,10 @@ def _takes_a_neutral_weight(node: fx.Node, calls: Calls) -> bool:
     return node.target in (aten.add.Tensor, aten.mul.Tensor) and not all(map(calls.at_run_time, node.all_input_nodes))
 
 
-def code_of(calls: Calls, call: str, output: fx.Node, module: nn.Module, name: Callable[[str], str] = str) -> fx.Graph:
-    """What a call computes, as a graph from the argument of the module's forward; ``name`` gives the name it reads a weight by.
+def code_of(
+    calls: Calls, call: str, output: fx.Node, module: nn.Module, read: Callable[[fx.Graph, str], fx.Node] = fx.Graph.get_attr
+) -> fx.Graph:
+    """What a call computes, as a graph from the argument of the module's forward; ``read`` makes the node that reads a weight.
 
     Equal code gives equal graphs, names included.
     """
@@ -144,7 +148,7 @@ def code_of(calls: Calls, call: str, output: fx.Node, module: nn.Module, name: C
     mapped = dict.fromkeys(calls.inputs(call), argument)
     for node in _in_order(output, lambda x: x in inside or not calls.at_run_time(x)):
         if node.op == "get_attr":
-            mapped[node] = graph.get_attr(name(str(node.target)))
+            mapped[node] = read(graph, str(node.target))
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapped.__getitem__)
             mapped[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
@@ -163,6 +167,17 @@ def _in_order(output: fx.Node, inside: Callable[[fx.Node], bool]) -> Iterator[fx
             seen.add(node)
             stack.append((node, True))
             stack.extend((operand, False) for operand in reversed(node.all_input_nodes))
+
+
+def live(graph: fx.Graph, expression: Expression, read: Callable[[fx.Graph, str], fx.Node]) -> fx.Node:
+    """The node that computes a weight from the weights that ``read`` reads."""
+    if isinstance(expression, Leaf):
+        return read(graph, expression.name)
+
+    def value(x: Any) -> Any:
+        return tuple(map(value, x)) if isinstance(x, tuple) else live(graph, x, read) if isinstance(x, Leaf | Apply) else x
+
+    return graph.call_function(expression.target, value(expression.args), {k: value(v) for k, v in expression.kwargs})
 
 
 def own_name(name: str, module: nn.Module, leaves: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ the original classes too.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from tautomer.rewrite.shapes import same_shape
 from tautomer.rewrite.weights import Apply, Leaf, Weights, leaves
 
 from .exchange import exchange, text_of
-from .module_calls import Calls, call_of, code_of, own_name
+from .module_calls import Calls, call_of, code_of, live, own_name
 
 aten = torch.ops.aten
 
@@ -92,6 +93,7 @@ class _Comparison:
         self.faults: dict[fx.Node, Fault] = {}
         self.texts: dict[str, str] = {}
         self.kept: set[Hashable] = set()
+        self.live: set[Hashable] = set()
 
     def run(self) -> None:
         for node in self.captured.graph.nodes:
@@ -123,24 +125,40 @@ class _Comparison:
         require(call not in self.new.nodes or self.new.inputs(call) == [given], "it would read another value than it is given")
         before, after = code_of(self.old, call, node, module), code_of(self.new, call, outputs[0], module)
         if text_of(before) != text_of(after):
-            own = lambda name: own_name(name, module, self.captured.weights.leaves)  # noqa: E731
-            self.texts[call] = text_of(code_of(self.new, call, outputs[0], module, own))
+            read = functools.partial(self.attribute, module)
+            self.texts[call] = text_of(code_of(self.new, call, outputs[0], module, read))
         return outputs[0]
+
+    def attribute(self, module: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
+        """A weight in new code: an attribute, or computed from attributes if no other module reads it. Then none is edited."""
+
+        def own(graph: fx.Graph, name: str) -> fx.Node:
+            return graph.get_attr(own_name(name, module, self.captured.weights.leaves))
+
+        weight = self.rewritten.weights.entries.get(name)
+        readers = (call_of(reader) for reader, _ in self.readers(self.new, name))
+        if weight is None or not weight.edited or any(self.modules.get(call) is not module for call in readers):
+            return own(graph, name)
+        try:
+            made = live(graph, weight.expression, own)
+        except Refused:
+            return own(graph, name)
+        self.live.update(map(self.storage, (name, *leaves(weight.expression))))
+        return made
 
     def plain(self, node: fx.Node) -> fx.Node | None:
         """What the user's code around the modules computes: the same call on values that correspond."""
         if any(self.twins.get(x, x) is None for x in node.all_input_nodes):
             return None
-        twin = self.named.get(node.name)
+        twin: fx.Node | None = self.named.get(node.name)
         if twin is not None and twin.target == node.target and self.operands(node, self.twins) == self.operands(twin, {}):
             return twin
         weights = [x for x in node.all_input_nodes if not self.old.at_run_time(x)]
         consumed = [self.storage(name) for x in weights for name in self.leaves(x)]
         others = [x for x in node.all_input_nodes if x not in weights]
         neutral = node.target in _NEUTRAL and consumed and self.read.isdisjoint(consumed) and len(others) == 1
-        require(
-            neutral and _same_shape(node, others[0]), f"the rewrite changes {target_name(node)}, which is no module's own code"
-        )
+        foreign = f"the rewrite changes {target_name(node)}, which is no module's own code"
+        require(neutral and same_shape(node.meta["val"].shape, others[0].meta["val"].shape), foreign)
         self.kept.update(consumed)
         return self.twins[others[0]]
 
@@ -201,7 +219,7 @@ class _Comparison:
         made: dict[Hashable, Apply] = {}
         consumed = set[str]()
         for name, weight in self.rewritten.weights.entries.items():
-            if not weight.edited:
+            if not weight.edited or self.storage(name) in self.live:
                 continue
             try:
                 made[self.storage(name)] = self.edited(name)
@@ -211,12 +229,12 @@ class _Comparison:
         unread = list[str]()
         for name in consumed & set(table.entries):
             storage = self.storage(name)
-            if storage in self.read or storage in made:
+            if storage in self.read | self.live or storage in made:
                 continue
             try:
                 made[storage] = self.neutral(name)
             except Refused as refusal:
-                faults.append(Fault(str(refusal), tuple(path_of(reader) for reader in self.readers(name))))
+                faults.append(Fault(str(refusal), tuple(path_of(reader) for reader, _ in self.readers(self.old, name))))
             if storage not in self.kept:
                 unread.append(name)
         for name, weight in table.entries.items():
@@ -234,34 +252,31 @@ class _Comparison:
         same = before[name].meta.dtype == weight.meta.dtype and same_shape(before[name].meta.shape, weight.meta.shape)
         require(same, f"'{name}' would change its shape or dtype")
         others = (self.rewritten.weights.entries.get(other, weight) for other in before.aliases(name))
-        require(
-            all(other.expression == weight.expression for other in others), f"'{name}' is tied, and would be read in two forms"
-        )
+        alike = all(other.expression == weight.expression for other in others)
+        require(alike, f"'{name}' is tied, and would be read in two forms")
         assert isinstance(weight.expression, Apply)
         return weight.expression
 
     def neutral(self, name: str) -> Apply:
         """The value at which a consumed weight does nothing in the code that reads it."""
-        values = {_neutral_in(reader, operand) for reader, operand in self.reads(name)}
+        reads = self.readers(self.old, name)
+        values = {_neutral_in(reader, operand) if self.old.at_run_time(reader) else None for reader, operand in reads}
         known = len(values) == 1 and None not in values
         require(known, f"'{name}' would be read no more, and no value of it leaves the original class right")
         return Apply(aten.full_like.default, (Leaf(name), values.pop()))
 
-    def readers(self, name: str) -> list[fx.Node]:
-        return [reader for reader, _ in self.reads(name)]
-
-    def reads(self, name: str) -> list[tuple[fx.Node, fx.Node]]:
-        """Who reads a weight at run time, and through which node: itself, or another view of it."""
-        found, storage = list[tuple[fx.Node, fx.Node]](), self.storage(name)
-        stack = [node for node in self.captured.graph.find_nodes(op="get_attr") if self.storage(str(node.target)) == storage]
+    def readers(self, calls: Calls, name: str) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Who reads a weight, and through which node: itself, or another view of it."""
+        stack = [
+            node for node in calls.program.graph.find_nodes(op="get_attr") if self.storage(str(node.target)) == self.storage(name)
+        ]
         while stack:
             node = stack.pop()
             for user in node.users:
-                if user in self.old.constants and user.target in _VIEWS:
+                if user in calls.constants and user.target in _VIEWS:
                     stack.append(user)
                 else:
-                    found.append((user, node))
-        return found
+                    yield user, node
 
 
 _ANY_SUM, _ANY_PRODUCT = dict.fromkeys(("self", "other"), 0.0), dict.fromkeys(("self", "other"), 1.0)

@@ -7,7 +7,8 @@ A rewrite that the module tree cannot express is refused with its sentence, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -20,8 +21,9 @@ from tautomer.backends.to_module import Edit, Fault, plan, written
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
 from tautomer.passes.recipes import Recipe
+from tautomer.rewrite.claims import Claim
 from tautomer.rewrite.equivalence import check_equivalence
-from tautomer.rewrite.errors import ClaimBroken, UsageError
+from tautomer.rewrite.errors import CaptureError, ClaimBroken, UsageError
 from tautomer.rewrite.pass_base import Application, Context, Log, Note, Pass, Refusal
 from tautomer.rewrite.pipeline import Outcome, claim_of, run_passes
 from tautomer.rewrite.program import Program
@@ -109,7 +111,10 @@ def optimize_(
     tell("editing")
     with written(model, edit, captured.mode) as before:
         if check and outcome.log.applications:
-            _compare(model, captured, before, (args, kwargs, dynamic_shapes), outcome, chosen)
+            reference, claim = captured.copy(), claim_of(outcome.log, chosen)
+            reference.weights.leaves.update(before)
+            _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
+            outcome.log.notes.extend(_stock(reference, edit, claim))
     names = {module: name for name, module in model.named_modules()}
     return Rewriting(report, _detached(edit.weights), tuple(names[module] for module in edit.code))
 
@@ -133,9 +138,10 @@ def _named(passes: Sequence[Pass]) -> tuple[Pass, ...]:
 def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, mode: str) -> Program:
     if mode != "auto":
         return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
-    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode="both")
-    if model.training or (program.mode == "both" and not program.training):
-        return program
+    with contextlib.suppress(CaptureError):  # perhaps in one of the modes alone
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode="both")
+        if model.training or (program.mode == "both" and not program.training):
+            return program
     return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 
@@ -193,19 +199,28 @@ def _given_up(application: Application, fault: Fault) -> Refusal:
     return Refusal(application.rewrite, application.id, reason, application.source)
 
 
-def _compare(
-    model: nn.Module, captured: Program, before: Mapping[str, Any], call: Any, outcome: Outcome, passes: Sequence[Pass]
-) -> None:
-    """The edited model, captured once more, against the captured program with the weights that were overwritten."""
-    reference, (args, kwargs, dynamic_shapes) = captured.copy(), call
-    reference.weights.leaves.update(before)
-    edited = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=captured.mode)
+def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> None:
+    """The edited model, captured once more, against what it was."""
+    args, kwargs, dynamic_shapes = call
     try:
-        check_equivalence(reference, edited, claim_of(outcome.log, passes))
+        edited = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=reference.mode)
+        check_equivalence(reference, edited, claim)
     except ClaimBroken as broken:
         hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
         hint = f"skip={hooked!r}: a hook that changes values is not part of a module's code" if hooked else None
         raise ClaimBroken(f"written back, {broken.what}", where=broken.where, hint=hint) from broken
+
+
+def _stock(reference: Program, edit: Edit, claim: Claim) -> Iterator[Note]:
+    """Whether the original classes compute the same with the new weights; if not, the user should know."""
+    stock = reference.copy()
+    stock.weights = Weights(reference.weights.leaves, edit.weights.entries)
+    try:
+        check_equivalence(reference, stock, claim)
+    except ClaimBroken:
+        yield Note(
+            "optimize_", reference.name, "the new weights are right for the new code alone: after from_pretrained, load_form"
+        )
 
 
 def _detached(weights: Weights) -> Weights:
