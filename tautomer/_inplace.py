@@ -129,10 +129,13 @@ def _require_a_bare_model(model: Any) -> None:
         raise UsageError("the model is distributed already", hint="optimize_ it first, then wrap or shard it")
 
 
+_LAST = (DropUnusedWeights, NameWeights)
+_LAST_NAMES = {kind.name for kind in _LAST}
+
+
 def _named(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The edit is written under the old names, so the passes that give them always run, last."""
-    last = (DropUnusedWeights, NameWeights)
-    return (*(rewrite for rewrite in passes if not isinstance(rewrite, last)), *(kind() for kind in last))
+    return (*(rewrite for rewrite in passes if not isinstance(rewrite, _LAST)), *(kind() for kind in _LAST))
 
 
 def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, mode: str) -> Program:
@@ -187,16 +190,18 @@ class _Job:
             found = [a for a in outcome.log.applications if a.id.partition("@")[2].rpartition("/")[0] == path]
             if found:
                 return [_given_up(application, fault) for application in found]
-        for name in dict.fromkeys(a.rewrite for a in reversed(outcome.log.applications)):
-            whole = Refusal(name, name, f"it cannot be written back: {fault.reason}")
-            if fault not in self.attempt([*refusals, whole], check=False)[2].faults:
-                return [whole]
-        raise AssertionError(f"a program without applications cannot be written back: {fault.reason}")
+        names = dict.fromkeys(a.rewrite for a in reversed(outcome.log.applications))
+        wholes = [Refusal(name, name, _sentence(fault)) for name in names if name not in _LAST_NAMES]
+        mends = (w for w in wholes if fault not in self.attempt([*refusals, w], check=False)[2].faults)
+        return [next(mends, wholes[0])]
 
 
 def _given_up(application: Application, fault: Fault) -> Refusal:
-    reason = f"it cannot be written back: {fault.reason}"
-    return Refusal(application.rewrite, application.id, reason, application.source)
+    return Refusal(application.rewrite, application.id, _sentence(fault), application.source)
+
+
+def _sentence(fault: Fault) -> str:
+    return f"it cannot be written back: {fault.reason}"
 
 
 def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> None:

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 import tautomer
 from tautomer.backends import to_module
-from tautomer.rewrite.claims import ALGEBRAIC
+from tautomer.rewrite.claims import ALGEBRAIC, BITWISE
 from tautomer.rewrite.errors import ClaimBroken, UsageError
+from tautomer.rewrite.pass_base import Context, Pass
+from tautomer.rewrite.program import Program
 from tautomer.rewrite.rules import Operand, Ops, Rule, Weight
 from tautomer.rewrite.rules import Tensor as Matched
 
@@ -282,6 +284,40 @@ def test_a_value_of_the_users_own_code_is_not_centred() -> None:
     done = rewrite(model, ids, passes=[RMS])
     assert done.report.fired(RMS) == 0 and same(snapshot(model), before)
     assert all("would have to be centred at run time" in r.reason for r in done.report.refusals if r.rewrite == RMS)
+
+
+class Swap(Pass):
+    """x + y → y + x, everywhere, whoever computes it."""
+
+    claim = BITWISE
+
+    def run(self, program: Program, context: Context) -> None:
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
+            if isinstance(node.args[1], torch.fx.Node):
+                context.applied(self, self.place(node))
+                with program.graph.inserting_before(node):
+                    new = program.graph.call_function(node.target, node.args[::-1])
+                new.meta["val"] = node.meta["val"]
+                program.replace(node, new)
+
+    def place(self, node: torch.fx.Node) -> torch.fx.Node:
+        return node
+
+
+class Elsewhere(Swap):
+    """The same, and says it did it to the output."""
+
+    def place(self, node: torch.fx.Node) -> torch.fx.Node:
+        return node.graph.output_node()
+
+
+@pytest.mark.parametrize("rewrite_all", [Swap(), Elsewhere()])
+def test_a_pass_that_asks_nobody_is_given_up(model: nn.Module, rewrite_all: Pass) -> None:
+    before = snapshot(model)
+    done = rewrite(model, passes=[rewrite_all])
+    reasons = {r.reason for r in done.report.refusals if r.rewrite == rewrite_all.name}
+    assert reasons == {"it cannot be written back: the rewrite changes aten.add, which is no module's own code"}
+    assert not done.report.fired(rewrite_all.name) and same(snapshot(model), before)
 
 
 class Gemma(nn.Module):
