@@ -167,11 +167,11 @@ def test_a_copy_is_rewritten_too_and_independent(model: nn.Module, through: str)
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-def test_it_compiles_and_is_captured_again_with_nothing_left_to_do(model: nn.Module) -> None:
+def test_it_compiles_and_a_second_run_changes_nothing(model: nn.Module) -> None:
     rewrite(model)
     assert torch.allclose(torch.compile(model, fullgraph=True, backend="aot_eager")(X), model(X))
     before, again = snapshot(model), rewrite(model)
-    assert not again.report.applications and not again.modules and same(snapshot(model), before)
+    assert not again.modules and same(snapshot(model), before)
 
 
 # -- what cannot be written back is refused, and the rest is done ------------------------------------------------
@@ -340,22 +340,27 @@ def test_a_weight_that_only_new_code_reads_is_computed_by_that_code() -> None:
     assert torch.allclose(model(X), wanted, rtol=0, atol=1e-12)
 
 
-class Halve(Rule):
-    """relu(linear(x, W)) → relu(linear(x, 2 W)) / 2: right for the new code alone."""
+class Double(nn.Module):
+    def forward(self, x):
+        return x * 2.0
+
+
+class FoldDouble(Rule):
+    """2 linear(x, W) → linear(x, 2 W): the class that doubles would double once more."""
 
     claim = ALGEBRAIC("a power of two rounds nothing")
 
     def before(self, op: Ops, x: Matched, W: Weight) -> Operand:
-        return op.relu(op.linear(x, W, None))
+        return op.mul(op.linear(x, W, None), 2.0)
 
     def after(self, op: Ops, x: Matched, W: Weight) -> Operand:
-        return op.mul(op.relu(op.linear(x, op.mul(W, 2.0), None)), 0.5)
+        return op.linear(x, op.mul(W, 2.0), None)
 
 
 def test_weights_that_are_wrong_for_the_original_classes_are_said() -> None:
-    model = redrawn(nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)))
+    model = redrawn(nn.Sequential(nn.Linear(8, 8, bias=False), Double(), nn.Linear(8, 3)))
     wanted = model(X)
-    done = rewrite(model, passes=[Halve()])
+    done = rewrite(model, passes=[FoldDouble()])
     assert done.modules == ("1",) and any("right for the new code alone" in note.text for note in done.report.notes)
     assert torch.allclose(model(X), wanted, rtol=0, atol=1e-12)
 
