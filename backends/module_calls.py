@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from tautomer.rewrite.build import spell
 from tautomer.rewrite.errors import Refused, require
 from tautomer.rewrite.interpret import writes
 from tautomer.rewrite.pass_base import FIXED
@@ -152,6 +153,7 @@ def code_of(
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapped.__getitem__)
             mapped[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            spell(mapped[node])
     graph.output(mapped[output] if output in inside else argument)
     return graph
 

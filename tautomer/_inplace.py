@@ -179,15 +179,18 @@ class _Job:
 
     def attempt(self, refusals: Sequence[Refusal], check: bool) -> tuple[Program, Outcome, Edit]:
         program = self.captured.copy()
-        skip = (*self.context.skip, *(refusal.id for refusal in refusals))
-        context = replace(self.context, skip=skip, log=Log())
-        outcome = run_passes(self.passes, program, context, target=self.target, check=check)
+        given_up = {refusal.id for refusal in refusals}
+        context = replace(self.context, skip=(*self.context.skip, *given_up), log=Log())
+        passes = [rewrite for rewrite in self.passes if rewrite.name not in given_up]
+        outcome = run_passes(passes, program, context, target=self.target, check=check)
         return program, outcome, plan(self.captured, program, self.model, self.modules)
 
     def blamed(self, fault: Fault, outcome: Outcome, refusals: Sequence[Refusal]) -> list[Refusal]:
         """The applications to give up for a fault: those at the paths it blames, else all of the last pass it needs."""
+        known = {refusal.id for refusal in refusals}  # a pass that was told to skip these and did not goes as a whole
         for path in fault.blame:
-            found = [a for a in outcome.log.applications if a.id.partition("@")[2].rpartition("/")[0] == path]
+            made = [a for a in outcome.log.applications if a.id.partition("@")[2].rpartition("/")[0] == path]
+            found = [a for a in made if a.id not in known]
             if found:
                 return [_given_up(application, fault) for application in found]
         names = dict.fromkeys(a.rewrite for a in reversed(outcome.log.applications))
