@@ -82,6 +82,7 @@ def test_a_fresh_process_loads_what_was_saved(tmp_path: Path) -> None:
     assert run.stdout.split() == ["RewrittenLayerNorm"] * 2, run.stderr[-2000:]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_gradient_checkpointing_and_embeddings_are_the_models_own() -> None:
     config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=20, use_cache=False,
                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
