@@ -386,6 +386,24 @@ def test_rewritten_for_eval_it_refuses_to_train_where_that_is_another_function()
     assert torch.allclose(model(X), wanted, rtol=0, atol=1e-12)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return F.dropout(self.linear(x) * self.gamma, 0.5, self.training)
+
+
+def test_where_only_weights_were_edited_their_modules_watch_the_mode() -> None:
+    model = redrawn(Gated())
+    wanted = model(X)
+    assert rewrite(model).modules == ("linear",) and (model.gamma == 1).all()
+    assert torch.allclose(model(X), wanted, rtol=0, atol=1e-12)
+    with pytest.raises(UsageError, match="Linear was rewritten in eval mode"):
+        model.train()(X)
+
+
 def test_a_model_in_training_mode_is_rewritten_for_both_modes() -> None:
     model = redrawn(Dropping()).train()
     done = rewrite(model)
