@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from tautomer.backends.correspondence import Fault
 from tautomer.backends.module_calls import exchangeable, watch
 from tautomer.backends.rewritten import Rewritten
-from tautomer.backends.to_module import Edit, Fault, plan, written
+from tautomer.backends.to_module import Edit, plan, written
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
 from tautomer.passes.recipes import Recipe
