@@ -41,7 +41,8 @@ class Rewriting:
 
     Attributes:
         report: what fired, what did not and why, how exact, what it cost.
-        weights: maps a state dict of the original model to one of this one (``weights.from_original``).
+        weights: maps a state dict of the original model to one of this one and back (``weights.from_original``,
+            ``weights.to_original``). It holds the values that were overwritten.
         modules: the paths of the modules whose code was exchanged.
     """
 
@@ -111,13 +112,14 @@ def optimize_(
     report = _report(captured, program, where, outcome, seconds)
     tell("editing")
     with written(model, edit, captured.mode) as before:
+        weights = Weights({**edit.weights.leaves, **before}, edit.weights.entries)
         if check and outcome.log.applications:
-            reference, claim = captured.copy(), claim_of(outcome.log, chosen)
+            reference, claim = captured.copy(), claim_of(outcome.log.applications, chosen)
             reference.weights.leaves.update(before)
             _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
-            outcome.log.notes.extend(_stock(reference, edit, claim))
+            outcome.log.notes.extend(_stock(reference, weights, claim))
     names = {module: name for name, module in model.named_modules()}
-    return Rewriting(report, _detached(edit.weights), tuple(names[module] for module in edit.code))
+    return Rewriting(report, weights, tuple(names[module] for module in edit.code))
 
 
 def _require_a_bare_model(model: Any) -> None:
@@ -220,19 +222,13 @@ def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> N
         raise ClaimBroken(f"written back, {broken.what}", where=broken.where, hint=hint) from broken
 
 
-def _stock(reference: Program, edit: Edit, claim: Claim) -> Iterator[Note]:
+def _stock(reference: Program, weights: Weights, claim: Claim) -> Iterator[Note]:
     """Whether the original classes compute the same with the new weights; if not, the user should know."""
     stock = reference.copy()
-    stock.weights = Weights(reference.weights.leaves, edit.weights.entries)
+    stock.weights = weights
     try:
         check_equivalence(reference, stock, claim)
     except ClaimBroken:
         yield Note(
             "optimize_", reference.name, "the new weights are right for the new code alone: after from_pretrained, load_form"
         )
-
-
-def _detached(weights: Weights) -> Weights:
-    """The table without the tensors that were overwritten: an expression over the original's must not read the new ones."""
-    leaves = {name: leaf.to("meta") if weights[name].edited else leaf for name, leaf in weights.leaves.items()}
-    return Weights(leaves, weights.entries)

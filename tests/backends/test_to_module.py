@@ -121,6 +121,15 @@ def test_the_map_carries_a_state_dict_of_the_original_over(model: nn.Module) -> 
     assert torch.allclose(model(X), other(X), rtol=0, atol=1e-12)
 
 
+def test_the_map_takes_the_edit_back(model: nn.Module) -> None:
+    original, wanted = copy.deepcopy(model.state_dict()), model(X)
+    done = rewrite(model)
+    back = done.weights.to_original(model.state_dict())
+    stock = Net().double().eval()
+    stock.load_state_dict(back)
+    assert list(back) == list(original) and torch.allclose(stock(X), wanted, rtol=0, atol=1e-12)
+
+
 def test_what_does_nothing_any_more_does_not_train(model: nn.Module) -> None:
     done = rewrite(model)
     still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
