@@ -32,7 +32,7 @@ from tautomer.rewrite.report import Report
 from tautomer.rewrite.target import Target
 from tautomer.rewrite.weights import Weights
 
-from ._front import Progress, _check_entry, _entries, _passes, _progress, _report, _target, capture
+from ._front import Progress, _check_entry, _entries, _passes, _progress, _recipe, _report, _target, capture
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def optimize_(
         (('1',), True, False)
     """
     _require_a_bare_model(model)
+    if _recipe(recipe).live and passes is None:
+        raise UsageError(
+            f"the recipe '{_recipe(recipe).name}' edits weights inside the forward; in place they are edited where they are kept",
+            hint="tautomer.optimize(…, recipe='training') makes a module that trains like the original",
+        )
     tell, where, chosen = _progress(progress), _target(target), _named(_passes(recipe, passes))
     context = Context(only=_entries("only", only), skip=_entries("skip", skip))
     start = perf_counter()

@@ -92,7 +92,7 @@ def test_the_model_is_the_same_object_of_the_same_class_with_the_same_keys_and_a
     keys = list(model.state_dict())
     done = rewrite(model)
     assert (
-        done.report.fired(RMS) == 3 and done.report.fired("fold-layer-scale") == 4 and done.report.fired("fold-norm-shift") == 3
+        done.report.fired(RMS) == 3 and done.report.fired("fold-into-writer") == 4 and done.report.fired("fold-norm-shift") == 3
     )
     assert type(model) is Net and isinstance(model.norm, nn.LayerNorm) and isinstance(model.blocks[0].scale, Scale)
     assert list(model.state_dict()) == keys
@@ -417,7 +417,7 @@ def test_a_model_in_training_mode_is_rewritten_for_both_modes() -> None:
     model = redrawn(Dropping()).train()
     done = rewrite(model)
     assert done.report.fired(RMS) == 0 and any("residual dropout" in r.reason for r in done.report.refusals)
-    assert done.report.fired("fold-layer-scale") == 2
+    assert done.report.fired("fold-into-writer") == 2
     model(X)
     model.eval()(X)
 
