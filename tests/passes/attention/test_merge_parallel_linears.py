@@ -9,7 +9,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 import tautomer
 from tautomer.passes.attention.merge_parallel_linears import MergeParallelLinears
-from tautomer.passes.recipes import Inference
+from tautomer.passes.recipes import Inference, Recipe
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Context
@@ -112,7 +112,7 @@ def test_gradients_reach_the_weights_that_were_merged_and_a_second_run_changes_n
 
 
 def test_a_target_that_measured_no_gain_leaves_the_layers_alone():
-    class Merging:
+    class Merging(Recipe):
         name = "merging"
 
         def passes(self):
