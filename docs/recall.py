@@ -31,20 +31,25 @@ Complete: {complete} of {total} models; norms {norms}, attentions {attentions}.
 
 
 def main() -> None:
+    """Make the lines of the models named on the command line anew, or all of them."""
     warnings.simplefilter("ignore")
-    rows, found = [], []
-    for name, build in RECALL.items():
-        found.append(recall(build))
-        rows.append(found[-1].row(name))
-        print(rows[-1], flush=True)
+    rows = {line.split("|")[1].strip(): line for line in PAGE.read_text().splitlines() if line.count("|") == 7 and "`" in line}
+    for name in sys.argv[1:] or RECALL:
+        rows[name] = recall(RECALL[name]).row(name)
+        print(rows[name], flush=True)
+    rows = {name: rows[name] for name in RECALL if name in rows}
+    pairs = [[tuple(map(int, cell.split("/"))) for cell in row.split("|")[3:5]] for row in rows.values()]
+    (norms, all_norms), (attentions, all_attentions) = (
+        [sum(n) for n in zip(*kind, strict=True)] for kind in zip(*pairs, strict=True)
+    )
     head = HEAD.format(
         version=transformers.__version__,
-        complete=sum(r.complete for r in found),
-        total=len(found),
-        norms=f"{sum(r.norms_found for r in found)} of {sum(r.norms_present for r in found)}",
-        attentions=f"{sum(r.attentions_found for r in found)} of {sum(r.attentions_present for r in found)}",
+        complete=sum(found == present for row in pairs for found, present in [tuple(zip(*row, strict=True))]),
+        total=len(rows),
+        norms=f"{norms} of {all_norms}",
+        attentions=f"{attentions} of {all_attentions}",
     )
-    PAGE.write_text(head + "\n".join(rows) + "\n")
+    PAGE.write_text(head + "\n".join(rows.values()) + "\n")
 
 
 if __name__ == "__main__":

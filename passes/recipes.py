@@ -67,6 +67,7 @@ from .raise_.raise_rms_norm import RaiseRmsNorm
 from .raise_.raise_rotary import RaiseRotary
 from .raise_.raise_rounded_gelu import RaiseRoundedGelu
 from .raise_.raise_silu import RaiseSilu
+from .raise_.raise_split_rotary import RaiseSplitRotary
 from .raise_.raise_tanh_gelu import RaiseTanhGelu
 from .raise_.share_key_heads import ShareKeyHeads
 from .raise_.widen_rotary import WidenRotary
@@ -125,6 +126,7 @@ RAISE: tuple[type[Pass], ...] = (
     RaiseQuickGelu,
     RaiseGlu,
     RaiseRotary,
+    RaiseSplitRotary,
     RaiseInterleavedRotary,
     WidenRotary,
     *ATTENTION,

@@ -68,7 +68,7 @@ Facts for rewrites of a whole program:
     layers.py       Linear layers and convolutions, with a diagonal map on either side
     diagonal.py     A factor and a shift per channel, and the way to the layers around them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
-    projections.py  Where a value comes from through views: the tensor it is a part of, the rows of the linear layer that made it
+    projections.py  Where a value comes from through views, and whether two are projections of one tensor
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
     dominators.py   The smallest part of a program with one way in and one way out

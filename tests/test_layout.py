@@ -109,8 +109,7 @@ def test_tests_mirror_the_folders() -> None:
         for test in (ROOT / "tests" / part).rglob("test_*.py"):
             source = ROOT / test.relative_to(ROOT / "tests").with_name(test.name.removeprefix("test_"))
             private = source.with_name("_" + source.name)
-            across = test.stem in ("test_traps", "test_written_by_hand")
-            assert across or source.exists() or private.exists(), f"{test.relative_to(ROOT)} tests no file"
+            assert test.stem == "test_traps" or source.exists() or private.exists(), f"{test.relative_to(ROOT)} tests no file"
     for source in (ROOT / "passes").rglob("*.py"):
         if source.stem not in ("__init__", "recipes"):
             test = ROOT / "tests" / source.relative_to(ROOT).with_name("test_" + source.name)

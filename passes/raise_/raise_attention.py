@@ -122,6 +122,8 @@ def _named(at: fx.Node, operand: fx.Node) -> str:
         return "the scores are capped by a tanh, for which attention has no place"
     if at.target is aten.cat.default:
         return "more columns are joined to the scores (attention sinks), for which attention has no place"
+    if at.target is aten.add.Tensor and dtype(at) != dtype(operand):
+        return f"a mask or bias of {dtype(at)} is added to scores of {dtype(operand)}, for which attention has no place"
     others = [x for x in at.all_input_nodes if x is not operand]
     if at.target is aten.mul.Tensor and others and rank(others[0]) and not same(shape(others[0])[-1], 1):
         return "the scores are multiplied by what varies along the keys, for which attention has no place"

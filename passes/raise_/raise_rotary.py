@@ -1,7 +1,6 @@
 """Recognise a rotary embedding whose channels pair by halves, as in Llama and GPT-NeoX.
 
-    x cos + [-b, a] sin = rotary(x, cos, sin)                            x = [a, b]
-    [a cos - b sin, b cos + a sin] = rotary(x, [cos, cos], [sin, sin])
+    x cos + [-b, a] sin = rotary(x, cos, sin)            x = [a, b]
 
 The halves may be slices, a split or a chunk, and cos and sin have any leading axes that broadcast. [b, -a] turns the other way. A
 rotation of complex numbers (``view_as_complex``) stays as it is: it is one op already.
@@ -13,9 +12,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.pass_base import Phase
+from tautomer.rewrite.program import Program
 from tautomer.rewrite.rules import Match, Operand, Ops, Rule, Scalar, Tensor, require, width
 
 from .spellings import halves
@@ -42,6 +43,11 @@ class RaiseRotary(Rule):
 
     def after(self, op: Ops, x: Tensor, cos: Tensor, sin: Tensor, minus: Tensor, m: Scalar, end: Scalar) -> Operand:
         return op.rotary(x, cos, op.neg(minus) if sin is None else sin)
+
+    def misses(self, program: Program) -> Iterator[tuple[fx.Node, str]]:
+        for pairs in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_complex.default):
+            if any(user.target is torch.ops.aten.mul.Tensor for user in pairs.users):
+                yield pairs, "a rotation of complex numbers is one product already, and stays as it is"
 
     def samples(self) -> Iterator[dict[str, Any]]:
         x, cos, sin = (torch.randn(*n, 6, dtype=torch.float64) for n in ((2, 3, 4), (4,), (4,)))

@@ -448,3 +448,38 @@ def test_a_matrix_that_two_applications_would_edit_in_two_ways_stays():
     assert not context.log.applications
     assert context.log.refusals[0].reason.startswith("'W' would be stored twice, edited in two ways")
     assert set(program.weights) == {"W", "s", "t"}
+
+
+class ReluOfHalf(Rule):
+    """Expects that somebody means a relu of any product."""
+
+    claim = BITWISE
+    asked = 0
+
+    def before(self, op, x):
+        return op.mul(op.relu(x), 0.5)
+
+    def after(self, op, x):
+        return op.relu(op.mul(x, 0.5))
+
+    def misses(self, program):
+        type(self).asked += 1
+        for node in program.graph.find_nodes(op="call_function", target=aten.relu.default):
+            if not any(user.target is aten.mul.Tensor for user in node.users) and node.args[0].target is not aten.mul.Tensor:
+                yield node, "the relu is not halved"
+
+
+def test_what_the_pattern_does_not_fit_is_said_once_when_nothing_fires_any_more():
+    """Asked too early, the relu that is halved later on would be a miss."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return (x.neg().neg().relu() * 0.5).relu(), x.tanh().relu() + 1
+
+    program, context = capture(Model(), (torch.randn(3, 4),)), Context()
+    ReluOfHalf.asked = 0
+    apply_rules([ReluOfHalf(), DropDoubleNeg()], program, context)
+    assert ReluOfHalf.asked == 1
+    assert {a.rewrite for a in context.log.applications} == {"relu-of-half", "drop-double-neg"}
+    places = [(r.rewrite, r.reason) for r in context.log.refusals]
+    assert places == [("relu-of-half", "the relu is not halved")] * 2, "of the relu and of the tanh, not of what was rewritten"

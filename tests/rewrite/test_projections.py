@@ -1,4 +1,4 @@
-"""Which rows of one layer q, k and v are, however they were fused, and what is a projection of the same tensor."""
+"""What a value is a part of, however it was cut out, and what is a projection of the same tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tautomer.rewrite.capture import capture
-from tautomer.rewrite.projections import origin, projected, rows
+from tautomer.rewrite.projections import origin, projected
 
 B, H, D = 2, 3, 4
 N = H * D
@@ -31,17 +31,6 @@ def heads(x):
     return x.unflatten(-1, (H, D)).transpose(1, 2)
 
 
-def interleaved(m, y):
-    """GPT-NeoX: q, k and v of one head stand side by side."""
-    return y.view(*y.shape[:-1], H, 3 * D).transpose(1, 2).chunk(3, dim=-1)
-
-
-def grouped(m, y):
-    """Falcon with one key head for all queries."""
-    y = y.view(*y.shape[:-1], H + 2, D)
-    return y[..., :-2, :], y[..., [-2], :], y[..., -1:, :]
-
-
 ONE_BY_ONE = {
     "gpt2": lambda m, y: tuple(heads(x) for x in y.split(N, dim=2)),
     "chunk": lambda m, y: y.chunk(3, -1),
@@ -52,27 +41,15 @@ ONE_BY_ONE = {
 
 
 @pytest.mark.parametrize("split", ONE_BY_ONE.values(), ids=ONE_BY_ONE)
-def test_one_after_the_other(split):
-    parts = [rows(x) for x in outputs(split)]
-    assert [part.rows for part in parts] == [tuple(range(i * N, (i + 1) * N)) for i in range(3)]
-    assert len({part.layer for part in parts}) == 1
-
-
-def test_head_by_head():
-    q, k, v = (rows(x).rows for x in outputs(interleaved))
-    assert q == (0, 1, 2, 3, 12, 13, 14, 15, 24, 25, 26, 27)
-    assert k == tuple(i + D for i in q) and v == tuple(i + 2 * D for i in q)
-
-
-def test_one_key_head():
-    """A list of heads is a gather, no view."""
-    q, k, v = (rows(x) for x in outputs(grouped, (H + 2) * D))
-    assert q.rows == tuple(range(N)) and k is None and v.rows == tuple(range(N + D, N + 2 * D))
+def test_parts_of_one_layer_have_one_origin(split):
+    parts = outputs(split)
+    (layer,) = {origin(x) for x in parts}
+    assert layer.target is torch.ops.aten.linear.default and projected(*parts[:2])
 
 
 def test_a_value_that_was_computed_is_no_view():
     q, *_ = outputs(lambda m, y: (y.chunk(3, -1)[0].tanh(), y))
-    assert rows(q) is None and origin(q).target is torch.ops.aten.tanh.default
+    assert origin(q).target is torch.ops.aten.tanh.default
 
 
 def test_projections_of_one_tensor_are_told_from_others():

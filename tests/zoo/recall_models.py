@@ -61,6 +61,11 @@ def _video(kind: str, config: str, **options: Any) -> Callable[[], Example]:
     return build
 
 
+def _levit() -> Example:
+    widths = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]}
+    return randomize(transformers.LevitModel(transformers.LevitConfig(image_size=64, **widths))), {"pixel_values": pixels(64)}
+
+
 def _spectrogram() -> Example:
     config = transformers.ASTConfig(**{**_PATCHES, "max_length": 24, "num_mel_bins": 16})
     return randomize(transformers.ASTModel(config)), {"input_values": torch.randn(2, 24, 16)}
@@ -164,6 +169,7 @@ MORE: dict[str, Callable[[], Example]] = {
                    hidden_sizes=[8, 16], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
     "poolformer": _vision("PoolFormerModel", "PoolFormerConfig", depths=[1, 1], hidden_sizes=[8, 16], num_encoder_blocks=2,
                           patch_sizes=[3, 3], strides=[2, 2], padding=[1, 1]),
+    "levit": _levit,
     "mobilevit": _vision("MobileViTModel", "MobileViTConfig", image_size=32, hidden_sizes=[16, 16, 16],
                          neck_hidden_sizes=[4, 4, 8, 8, 8, 8, 16], num_attention_heads=2),
     "clip": _clip,

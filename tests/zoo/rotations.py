@@ -7,6 +7,7 @@ from torch import nn
 
 from tautomer.passes.raise_.raise_interleaved_rotary import RaiseInterleavedRotary
 from tautomer.passes.raise_.raise_rotary import RaiseRotary
+from tautomer.passes.raise_.raise_split_rotary import RaiseSplitRotary
 from tautomer.passes.raise_.widen_rotary import WidenRotary
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC
@@ -15,7 +16,7 @@ from tautomer.rewrite.library import tautomer
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.verification import check_program
 
-ROTARY = (RaiseRotary(), RaiseInterleavedRotary(), WidenRotary())
+ROTARY = (RaiseRotary(), RaiseSplitRotary(), RaiseInterleavedRotary(), WidenRotary())
 
 
 class Rotates(nn.Module):

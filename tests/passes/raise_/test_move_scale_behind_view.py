@@ -18,6 +18,8 @@ X = torch.randn(2, 6, 32)
         lambda y, b, n: y.permute(2, 0, 1),
         lambda y, b, n: y.unsqueeze(1),
         lambda y, b, n: y.view(b, n, 4, 8).permute(0, 2, 3, 1),
+        lambda y, b, n: y.unflatten(-1, (4, 8)),
+        lambda y, b, n: y.unflatten(-1, (4, 8)).transpose(1, 2),
     ],
 )
 def test_the_number_is_last(raised, body, view):

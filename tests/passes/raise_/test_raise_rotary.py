@@ -108,3 +108,9 @@ def test_a_rotation_of_complex_numbers_stays():
 
     nodes, _, log = run(function)
     assert not nodes and not log.applications
+    assert [r.reason for r in log.refusals] == ["a rotation of complex numbers is one product already, and stays as it is"]
+
+
+def test_complex_numbers_that_do_not_turn_are_no_miss():
+    _, _, log = run(lambda q, k, c, s: (torch.view_as_complex(q.unflatten(-1, (4, 2))).abs(), k))
+    assert not log.refusals

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from zoo.raised import Body, Raised
 
 import tautomer
 from tautomer.backends.to_torch import to_torch
@@ -237,11 +238,14 @@ class Qwen(Heads):
     def norm(self, x):
         return self.g * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x)
 
+    def mask(self, length, dtype):
+        return torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
+
     def forward(self, x):
         B, T, _ = x.shape
         q, k, v = self.split(x)
         k, v = (y[:, :2, None].expand(B, 2, 2, T, 8).reshape(B, 4, T, 8) for y in (self.norm(k), v))
-        weights = self.norm(q) @ k.transpose(2, 3) * SCALE + torch.full((T, T), torch.finfo(x.dtype).min).triu(1)[None, None]
+        weights = self.norm(q) @ k.transpose(2, 3) * SCALE + self.mask(T, x.dtype)
         weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
         return self.merge(weights @ v)
 
@@ -270,9 +274,9 @@ RAISED: dict[type[nn.Module], tuple[str, float | None, int]] = {
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
 @pytest.mark.parametrize("kind", RAISED, ids=lambda kind: kind.__name__)
-def test_raised_and_equal(raised, kind):
+def test_raised_and_equal(kind):
     form, scale, norms = RAISED[kind]
-    done = raised(kind(), X, passes=RAISE)
+    done = Raised(kind(), X, passes=RAISE)
     ((mask, causal, factor),) = done.attentions
     assert ("causal" if causal else "none" if mask is None else "mask") == form
     assert scale is None or factor == pytest.approx(scale, rel=1e-7)
@@ -289,17 +293,17 @@ def test_raised_and_equal(raised, kind):
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # what inductor imports
 @pytest.mark.parametrize("kind", [BothScaled, Qwen], ids=lambda kind: kind.__name__)
-def test_equal_in_inductor(raised, kind):
-    done = raised(kind(), X, passes=RAISE)
+def test_equal_in_inductor(kind):
+    done = Raised(kind(), X, passes=RAISE)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(to_torch(done.program))(X), done.model(X), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [BothScaled, Qwen, Timm], ids=lambda kind: kind.__name__)
-def test_half_precision(raised, kind, half):
+def test_half_precision(kind, half):
     """Float32 softmax and norms with casts back: the casts are the kernels' own."""
-    done = raised(kind().to(half), X.to(half), passes=RAISE)
+    done = Raised(kind().to(half), X.to(half), passes=RAISE)
     assert len(done.attentions) == 1 and done.count("to") == 0 and done.count("softmax") == 0
 
 
@@ -321,9 +325,9 @@ class Cross(Heads):
 
 
 @pytest.mark.parametrize("low", [None, torch.finfo(torch.float32).min, -float("inf")])
-def test_padding_in_cross_attention(raised, low):
+def test_padding_in_cross_attention(low):
     keep = torch.arange(6)[None, :] < torch.tensor([4, 6])[:, None]
-    done = raised(Cross(low), X, torch.randn(2, 6, 32), keep)
+    done = Raised(Cross(low), X, torch.randn(2, 6, 32), keep)
     ((mask, causal, scale),) = done.attentions
     assert mask is not None and not causal and scale == SCALE
     assert done.count("softmax") == 0
@@ -349,13 +353,17 @@ LEFT_ALONE = {
     "softmax of rows": (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, ""),
     "a mask that is not low": (lambda q, k, v: (q @ k.mT).masked_fill(k[..., :1].mT > 0, -100.0).softmax(-1) @ v, "-100.0"),
     "a floor that is seen": (lambda q, k, v: (q @ k.mT).clamp(min=-100.0).softmax(-1) @ v, "would be seen"),
+    "a mask of another dtype": (
+        lambda q, k, v: ((q @ k.mT).bfloat16() + torch.full((q.shape[2],) * 2, -1e30).triu(1)).softmax(-1).to(q.dtype) @ v,
+        "float32 is added to scores of torch.bfloat16",
+    ),
     "a bias of another dtype": (lambda q, k, v: ((q @ k.mT) + q.double()[..., :1]).float().softmax(-1) @ v, ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("spelling", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
-def test_left_alone_with_a_sentence(raised, body, spelling, reason):
-    done = raised(body(lambda m, x: spelling(*m.heads(x))), X, passes=RAISE)
+def test_left_alone_with_a_sentence(spelling, reason):
+    done = Raised(Body(lambda m, x: spelling(*m.heads(x))), X, passes=RAISE)
     assert not done.attentions
     assert not reason or any(reason in r for r in done.reasons), done.reasons
 
