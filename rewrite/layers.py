@@ -217,13 +217,15 @@ class Layer:
         require(s is None or _never_zero(op, s), zero)
         amounts = [n for before, behind in reversed(self.padding) for n in (before, behind)]
         value = _quotient(op, t, s)
-        if isinstance(value, float):
-            return op(aten.pad.default)(x, amounts, "constant", value)  # type: ignore[no-any-return]
-        value = op.node(_as(op, op.reshape(value, [-1, *[1] * dims]), x), "padding", beside=self.weight)
-        corner = op.slice(x, self.axis, 0, 1)
-        inside = op(aten.zeros_like.default)(corner if self.axis == 0 else op.slice(corner, 0, 0, 1))
-        outside = op(aten.pad.default)(inside, amounts, "constant", 1.0)
-        return op.add(op(aten.pad.default)(x, amounts), op.mul(outside, value))  # type: ignore[no-any-return]
+        if not isinstance(value, float):
+            value = op.node(_as(op, op.reshape(value, [-1, *[1] * dims]), x), "padding", beside=self.weight)
+        plane = x
+        for _ in range(rank(x) - dims):
+            plane = op.select(plane, 0, 0)
+        outside = op(aten.pad.default)(op(aten.zeros_like.default)(plane), amounts, "constant", 1.0)
+        # Any copy with a border does; that of repeated entries is the one whose layout torch can tell for every size.
+        bordered = op(aten.pad.default)(x, amounts, "replicate")
+        return op.where(op.cast(outside, torch.bool), value, bordered)  # type: ignore[no-any-return]
 
 
 def layer_of(node: Any, x: fx.Node | None = None) -> Layer | None:
