@@ -46,10 +46,12 @@ def origin(edits: Mapping[str, tuple[Expression, Tensor]], old: Mapping[str, Ten
         fixed: the leaves that do not train, stored statistics for one.
     """
     known, found, pending = set(given), dict[str, Tensor](), dict(edits)
-    stands_for = {re.sub(r"(_\d+)+$", "", name) for name in edits}
+    stands_for = frozenset(map(_base, edits))
     while pending:
         unknown = {name: frozenset(leaves(expression)) - known for name, (expression, _) in pending.items()}
         for name in sorted(pending, key=lambda name: len(unknown[name])):
+            if unknown[name] & stands_for - {_base(name)}:  # W is what W' says, not what the bias b + W c says
+                continue
             try:
                 fresh = solve(*pending[name], unknown[name], {**old, **found})
             except NoInverseError:
@@ -63,6 +65,11 @@ def origin(edits: Mapping[str, tuple[Expression, Tensor]], old: Mapping[str, Ten
             rank = lambda leaf: (leaf in stands_for, leaf not in fixed, -reads[leaf], old[leaf].numel(), leaf)  # noqa: B023, E731
             known.update(names(min(reads, key=rank)))
     return found
+
+
+def _base(name: str) -> str:
+    """The name of the leaf that an edit takes the place of."""
+    return re.sub(r"(_\d+)+$", "", name)
 
 
 def solve(expression: Expression, value: Tensor, wanted: frozenset[str], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -229,7 +236,7 @@ def _nearest(f: Expression, value: Tensor, inner: Expression, old: Mapping[str, 
     rest, left = step, step.square().sum()
     enough = 1e-30 * left
     for _ in range(_STEPS):
-        if left <= enough:
+        if not left > enough:
             break
         moved = linear(transposed(step))
         length = left / (step * moved).sum()

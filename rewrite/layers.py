@@ -225,7 +225,10 @@ class Layer:
         outside = op(aten.pad.default)(op(aten.zeros_like.default)(plane), amounts, "constant", 1.0)
         # Any copy with a border does; that of repeated entries is the one whose layout torch can tell for every size.
         bordered = op(aten.pad.default)(x, amounts, "replicate")
-        return op.where(op.cast(outside, torch.bool), value, bordered)  # type: ignore[no-any-return]
+        border = op.cast(outside, torch.bool)
+        if isinstance(value, float):
+            return op.masked_fill(bordered, border, value)  # type: ignore[no-any-return]
+        return op.where(border, value, bordered)  # type: ignore[no-any-return]
 
 
 def layer_of(node: Any, x: fx.Node | None = None) -> Layer | None:
