@@ -64,8 +64,8 @@ Rules: two sides of an equation:
 Facts for rewrites of a whole program:
 
     axes.py         An axis of a tensor, followed through the ops that carry it
-    readers.py      Who reads the features of a value, behind what only moves them
-    layers.py       Linear layers and convolutions, with a diagonal map on either side
+    layers.py       Linear layers, convolutions and products with a weight, with a diagonal map on either side
+    readers.py      Who reads the channels of a value: layers, behind what only moves them
     diagonal.py     A factor and a shift per channel, and the way to the layers around them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     projections.py  Where a value comes from through views, and whether two are projections of one tensor

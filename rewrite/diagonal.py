@@ -11,19 +11,20 @@ that the layer it goes into need not stand next to it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from .axes import Axes, Value
+from .axes import Axes
 from .emit import GraphOps
 from .equation import dtype, rank, shape
 from .errors import require
-from .layers import Factor, Layer, layer_of
-from .program import Program, arguments, place, target_name
+from .layers import Factor, layer_of
+from .program import arguments, place, target_name
+from .readers import Readers, carrier
 from .shapes import same, same_shape, static
 from .weights import opaque
 
@@ -127,8 +128,8 @@ def into_writers(op: GraphOps, node: fx.Node, diagonal: Diagonal) -> fx.Node:
         require(value.op == "call_function", f"what it scales is {target_name(value)}, which no layer writes")
         require(other is None, f"{what} is also read by {target_name(other)} at {place(other)}" if other else "")
         require(not opaque(value), f"{what} is written in place")
-        if (layer := layer_of(value)) is not None:
-            require(axis in (None, layer.axis), f"the channels of {what} are on another axis")
+        layer = layer_of(value)
+        if layer is not None and axis in (None, layer.axis):
             op.origin = value
             return layer.followed(op, s, t)
         if value.target is aten.cat.default:
@@ -141,11 +142,11 @@ def into_writers(op: GraphOps, node: fx.Node, diagonal: Diagonal) -> fx.Node:
         if _is_plain_sum(value):
             a, b = value.args
             return op.add(write(a, value, axis, s, t), write(b, value, axis, s, None))  # type: ignore[arg-type, no-any-return]
-        source = _behind(axes, value, axis, t)
-        require(source is not None, f"what it scales is written by {what}, which is no layer")
-        assert source is not None and isinstance(value.args[0], fx.Node)
-        new = write(value.args[0], value, None if axis is None else source.axis, s, t)
-        return op(value.target)(new, *value.args[1:], **value.kwargs)  # type: ignore[arg-type, no-any-return]
+        source = carrier(axes, value, axis, t is not None)
+        require(source or layer is None, f"the channels of {what} are on another axis")
+        require(source and not op.constant(source[0]), f"what it scales is written by {what}, which is no layer")
+        assert source is not None
+        return again(op, value, {source[0]: write(source[0], value, source[1], s, t)})
 
     return write(diagonal.x, node, diagonal.axis, diagonal.s, diagonal.t)
 
@@ -167,85 +168,27 @@ def _is_plain_sum(value: fx.Node) -> bool:
 # -- into the layers that read it -----------------------------------------------------------------------------
 
 
-class Reader(NamedTuple):
-    """A call on the way down: what it reads, and itself as a layer, if it is one."""
-
-    user: fx.Node
-    value: fx.Node
-    layer: Layer | None
-
-
-def readers_of(program: Program, node: fx.Node, diagonal: Diagonal) -> list[Reader]:
-    """The layers that read ``node``, and the calls between, outermost last.
-
-    Raises:
-        Refused: something else sees it too.
-    """
-    axes, found = Axes(program), list[Reader]()
-    values: list[tuple[fx.Node, int | None]] = [(node, diagonal.axis)]
-    for value, axis in values:
-        require(value.users, f"nothing reads {target_name(value)} at {place(value)}")
-        for user in value.users:
-            what = f"{target_name(user)} at {place(user)}"
-            layer = layer_of(user)
-            if layer is not None and layer.bound["input"] is value:
-                require(axis in (None, layer.axis), f"the channels of what {what} reads are on another axis")
-                found.append(Reader(user, value, layer))
-                continue
-            moved = _ahead(axes, user, value, axis, diagonal.t)
-            require(moved is not None, f"{what} reads it, and is no layer that could take it")
-            assert moved is not None
-            found.append(Reader(user, value, None))
-            values.append((user, None if axis is None else moved.axis))
-    return found
-
-
-def into_readers(op: GraphOps, node: fx.Node, diagonal: Diagonal, readers: Sequence[Reader]) -> list[fx.Node]:
-    """The layers of ``readers``, in order, on what ``diagonal`` maps.
+def into_readers(op: GraphOps, node: fx.Node, diagonal: Diagonal, found: Readers, pad: bool = False) -> list[fx.Node]:
+    """The layers of ``found``, in order, on what ``diagonal`` maps, where they read it as ``node``.
 
     Raises:
         Refused: a layer cannot take the factor or the shift.
     """
-    new = {node: diagonal.x}
-    for user, value, layer in readers:
+    new, layers = {node: diagonal.x}, {layer.node: layer for layer in found.layers}
+    for user in sorted((*found.moves, *layers)):
         op.anchor = op.origin = user
-        if layer is not None:
-            new[user] = layer.preceded(op, new[value], diagonal.s, diagonal.t)
+        if (layer := layers.get(user)) is None:
+            new[user] = again(op, user, new)
         else:
-            new[user] = op(user.target)(new[value], *user.args[1:], **user.kwargs)  # type: ignore[arg-type]
-    return [new[reader.user] for reader in readers if reader.layer is not None]
+            new[user] = layer.preceded(op, new[layer.bound[layer.kind.x]], diagonal.s, diagonal.t, pad)
+    return [new[layer.node] for layer in found.layers]
 
 
-# -- what only moves channels about ---------------------------------------------------------------------------
-
-
-_MOVES = frozenset({
-    aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.permute.default, aten.transpose.int, aten.t.default, aten.contiguous.default, aten.clone.default,
-    aten.slice.Tensor, aten.select.int, aten.mean.dim,
-    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
-})  # fmt: skip
-
-
-def _behind(axes: Axes, value: fx.Node, axis: int | None, t: Factor) -> Value | None:
-    """The channels of ``value``'s operand, if a diagonal map of ``value`` is one of it."""
-    if not _moves(value, t):
-        return None
-    carriers = axes.carriers(Value(value, axis)) if axis is not None else (Value(value.all_input_nodes[0], 0),)
-    return carriers[0] if carriers is not None and len(carriers) == 1 else None
-
-
-def _ahead(axes: Axes, user: fx.Node, value: fx.Node, axis: int | None, t: Factor) -> Value | None:
-    """The channels of ``user``, if it carries those of ``value`` on."""
-    if not _moves(user, t) or user.args[0] is not value:
-        return None
-    carried = axes.carried(Value(value, axis), user) if axis is not None else [Value(user, 0)]
-    return carried[0] if len(carried) == 1 else None
-
-
-def _moves(node: fx.Node, t: Factor) -> bool:
-    """Whether ``node`` gives the same entries in other places, or means of them; padding is an entry of its own."""
-    if node.target in _MOVES:
-        return True
-    return node.target is aten.pad.default and (t is None or arguments(node)["mode"] != "constant")
+def again(op: GraphOps, call: fx.Node, new: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """``call`` with other operands."""
+    assert callable(call.target)
+    args, kwargs = fx.node.map_arg((call.args, dict(call.kwargs)), lambda x: new.get(x, x))  # type: ignore[misc]
+    op.origin = call
+    op.editor.metadata.learn(call)
+    result: fx.Node = op(call.target)(*args, **kwargs)  # type: ignore[arg-type]
+    return result

@@ -245,7 +245,8 @@ class Weights:
         kept = {alias: name for name, weight in entries if not weight.edited for alias in self._names(name)}
         leaf = {name: promote(tensor.detach(), torch.float64) for name, tensor in self.leaves.items()}
         leaf |= {alias: value[name] for alias, name in kept.items()}
-        found = origin(edits, leaf, frozenset(kept), self._names)
+        fixed = frozenset(name for name, weight in self._origin.items() if weight.kind != "parameter")
+        found = origin(edits, leaf, frozenset(kept), self._names, fixed)
         leaf |= found
         for name, (expression, wanted) in edits.items():
             error = relative_error(evaluate(expression, leaf.__getitem__), wanted)

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
 from tautomer.rewrite.claims import ALGEBRAIC
+from tautomer.rewrite.errors import Refused
+from tautomer.rewrite.layers import layer_of
 from tautomer.rewrite.program import place, target_name
 from tautomer.rewrite.rules import Match, Operand, Ops, OptionalWeight, Rule, Tensor, Weight, is_vector, require, width
+
+from .fold_into_readers import require_narrow
 
 linear = torch.ops.aten.linear.default
 
@@ -34,11 +37,10 @@ class FoldNormShift(Rule):
         require(is_vector(m.c, width(m.x)), "the shift is not a vector over the features")
         _, shifted = m.nodes
         for reader in shifted.users:
-            takes = reader.target is linear and reader.args[0] is shifted and shifted not in reader.args[1:]
-            require(takes, f"{target_name(reader)} at {place(reader)} reads the shifted features too, so the shift cannot go")
-            out, d = width(reader) or 0, width(m.x) or 0
-            cheaper = f"{place(reader)} has no bias: adding one over {out} features costs more than a shift over {d}"
-            require(_has_bias(reader) or out <= d, cheaper)
+            layer = layer_of(reader, shifted)
+            if layer is None or reader.target is not linear:
+                raise Refused(f"{target_name(reader)} at {place(reader)} reads the shifted features too, so the shift cannot go")
+            require_narrow(layer)
 
     def after(self, op: Ops, x: Tensor, c: Weight, W: Weight, b: OptionalWeight) -> Operand:
         shift = op.mv(W, c)
@@ -48,7 +50,3 @@ class FoldNormShift(Rule):
         x, c, W, b = (torch.randn(n, dtype=torch.float64) for n in ((3, 2, 5), (5,), (4, 5), (4,)))
         yield {"x": x, "c": c, "W": W, "b": b}
         yield {"x": x, "c": c, "W": W, "b": None}
-
-
-def _has_bias(reader: fx.Node) -> bool:
-    return len(reader.args) > 2 and reader.args[2] is not None

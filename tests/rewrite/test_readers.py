@@ -1,4 +1,4 @@
-"""A move commutes with a gain per feature, a contraction sums over the features; what is neither has no readers to rewrite."""
+"""A move commutes with a factor per channel, a layer sums over the channels; what is neither has no readers to rewrite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautomer.rewrite.axes import Axes, Value, rank
+from tautomer.rewrite.axes import Axes, rank
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import Refused
 from tautomer.rewrite.interpret import interpret
@@ -36,7 +36,7 @@ X, Z = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(2, 3, D, dtype=tor
 def find(function: Callable[..., Any]) -> Readers:
     program = capture(Lambda(function), (X, Z))
     x = program.placeholders[0]
-    return readers(Axes(program), Value(x, rank(x) - 1))
+    return readers(Axes(program), x, rank(x) - 1)
 
 
 MOVES: dict[str, Callable[..., Tensor]] = {
@@ -58,8 +58,8 @@ MOVES: dict[str, Callable[..., Tensor]] = {
 def test_a_move_commutes_with_a_gain_per_feature(name: str) -> None:
     program = capture(Lambda(lambda m, x, z: F.linear(MOVES[name](m, x, z), m.W)), (X, Z))
     x = program.placeholders[0]
-    found = readers(Axes(program), Value(x, rank(x) - 1))
-    assert found.moves and len(found.contractions) == 1
+    found = readers(Axes(program), x, rank(x) - 1)
+    assert found.moves and len(found.layers) == 1
     gain = torch.randn(D, dtype=torch.float64)
     before, after = (interpret(program, inputs, dtype=torch.float64)[0] for inputs in ((X, Z), (X * gain, Z)))
     weight = program.weights.leaves["W"].detach()
@@ -68,7 +68,7 @@ def test_a_move_commutes_with_a_gain_per_feature(name: str) -> None:
     assert not torch.allclose(before, after)
 
 
-CONTRACTIONS: dict[str, tuple[Callable[..., Tensor], int, int]] = {
+LAYERS: dict[str, tuple[Callable[..., Tensor], int, int]] = {
     "linear": (lambda m, x, z: F.linear(x, m.W), -1, 1),
     "product": (lambda m, x, z: x @ m.E, -2, 1),
     "product from the left": (lambda m, x, z: m.E.transpose(1, 2) @ x.transpose(1, 2), -1, 1),
@@ -77,13 +77,14 @@ CONTRACTIONS: dict[str, tuple[Callable[..., Tensor], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONTRACTIONS)
-def test_a_contraction_says_which_axis_of_its_weight_it_sums_over(name: str) -> None:
-    function, axis, groups = CONTRACTIONS[name]
-    (end,) = find(function).contractions
-    assert (end.axis, end.groups) == (axis, groups)
-    size = end.weight.meta["val"].shape[axis] * groups
-    assert size == end.value.node.meta["val"].shape[end.value.axis] == D
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_says_which_axis_of_its_weight_it_sums_over(name: str) -> None:
+    function, axis, groups = LAYERS[name]
+    (layer,) = find(function).layers
+    assert (layer.kind.reads, layer.groups) == (axis, groups)
+    size = layer.weight.meta["val"].shape[axis] * groups
+    assert size == layer.bound[layer.kind.x].meta["val"].shape[layer.axis] == layer.inputs == D
+    assert layer.outputs in layer.node.meta["val"].shape
 
 
 NEITHER: dict[str, tuple[Callable[..., Any], str]] = {
@@ -102,5 +103,5 @@ NEITHER: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("name", NEITHER)
 def test_anything_else_is_named(name: str) -> None:
     function, call = NEITHER[name]
-    with pytest.raises(Refused, match=f"{call} at .* reads it too"):
+    with pytest.raises(Refused, match=f"{call} at .* reads it, and is no layer"):
         find(function)

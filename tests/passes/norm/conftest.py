@@ -24,9 +24,10 @@ class Body(nn.Module):
         return self.body(self, x)
 
 
-def _fold(randomized, rewrite, forward, x, mode="eval", **parts):
+def _fold(randomized, rewrite, forward, x, mode="eval", prepare=lambda model: None, **parts):
     """The program after ``rewrite`` and its log; values and gradients agree, and a second run finds nothing."""
     model = randomized(Body(forward, **parts))
+    prepare(model)
     program = capture(model if mode == "eval" else model.train(), (x,), mode=mode)
     original, context, again = program.copy(), Context(), Context()
     rewrite.run(program, context)

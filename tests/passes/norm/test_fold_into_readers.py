@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from tautomer.passes.norm.fold_into_readers import FoldIntoReaders
+from tautomer.passes.norm.fold_into_writer import FoldIntoWriter
+from tautomer.rewrite import layers
 from tautomer.rewrite.axes import Axes
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import ClaimBroken
-from tautomer.rewrite.layers import Layer
+from tautomer.rewrite.layers import Layer, layer_of
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.verification import check_program
 
@@ -84,6 +86,70 @@ def test_forced_past_padded_zeros_the_border_is_wrong(randomized, monkeypatch, k
         check_program(original, program, FoldIntoReaders.claim)
 
 
+PADDED = {
+    "conv1d": (nn.BatchNorm1d(4), nn.Conv1d(4, 6, 3, padding=2, dilation=2), torch.randn(2, 4, 9)),
+    "conv1d same": (nn.BatchNorm1d(4), nn.Conv1d(4, 6, 5, padding="same", bias=False), torch.randn(2, 4, 9)),
+    "conv2d strided": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=(2, 1), stride=2), IMAGE),
+    "conv2d in groups": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), IMAGE),
+    "conv2d depthwise dilated": (nn.BatchNorm2d(4), nn.Conv2d(4, 8, (3, 2), padding="same", dilation=(1, 3), groups=4), IMAGE),
+    "conv2d pointwise": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, padding=1), IMAGE),
+    "conv3d": (nn.BatchNorm3d(4), nn.Conv3d(4, 6, 3, padding=(1, 0, 2), groups=2), torch.randn(2, 4, 3, 5, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_on_request_it_pads_with_what_the_map_takes_to_zero(fold, kind):
+    norm, layer, x = PADDED[kind]
+
+    def no_zero(model):
+        nn.init.constant_(model.norm.weight[-1:], -0.7)
+
+    program, log = fold(FoldIntoReaders(pad=True), lambda m, x: m.layer(m.norm(x)), x, prepare=no_zero, layer=layer, norm=norm)
+    assert len(log.applications) == 1 and program.count(aten.batch_norm.default) == 0
+    (conv,) = (layer_of(node) for node in program.graph.nodes if layer_of(node))
+    assert not any(map(any, conv.padding))
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda m, x: m.conv(x * 3 - 2), lambda m, x: m.conv(x * m.s + 2), lambda m, x: m.conv(x[0] + m.s)]
+)
+def test_one_number_for_all_and_an_image_without_a_batch_are_padded_too(fold, forward):
+    parts = {"conv": nn.Conv2d(4, 4, 3, padding=1), "s": nn.Parameter(torch.randn(4, 1, 1))}
+    _, log = fold(FoldIntoReaders(pad=True), forward, IMAGE, **parts)
+    assert log.applications
+
+
+def test_padding_with_zeros_is_what_keeps_the_border_right(randomized, monkeypatch):
+    monkeypatch.setattr(layers, "_quotient", lambda op, t, s: 0.0)
+    model = randomized(nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 6, 3, padding=1)))
+    program, context = capture(model, (IMAGE,)), Context()
+    FoldIntoReaders(pad=True).run(program, context)
+    assert not context.log.applications and "does not hold here" in context.log.refusals[0].reason
+
+
+def test_by_default_the_request_is_named(fold):
+    _, log = fold(
+        FoldIntoReaders(), lambda m, x: m.layer(m.norm(x)), IMAGE, layer=nn.Conv2d(4, 6, 3, padding=1), norm=nn.BatchNorm2d(4)
+    )
+    assert log.refusals[0].reason == (
+        "aten.conv2d at layer pads with zeros, to which the shift has not been added "
+        "(pad=True pads with what becomes zero, at the price of a copy)"
+    )
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, padding=1), nn.ConvTranspose2d(4, 6, 3, padding=1)])
+def test_a_zero_factor_and_a_transposed_convolution_have_no_such_border(randomized, layer):
+    model = randomized(nn.Sequential(nn.BatchNorm2d(4), layer))
+    with torch.no_grad():
+        model[0].weight[2] = 0.0
+    program, context = capture(model, (IMAGE,)), Context()
+    FoldIntoReaders(pad=True).run(program, context)
+    sentence = (
+        "overlaps unequally" if isinstance(layer, nn.ConvTranspose2d) else "no entry is mapped to zero where the factor is zero"
+    )
+    assert not context.log.applications and sentence in context.log.refusals[0].reason
+
+
 def parts():
     return {
         "norm": nn.BatchNorm2d(4), "q": nn.Conv2d(4, 6, 1), "k": nn.Conv2d(4, 6, 3), "v": nn.ConvTranspose2d(4, 2, 1),
@@ -127,6 +193,35 @@ def test_every_reader_takes_it(fold, name):
     assert log.applications and program.count(aten.batch_norm.default) == 0
     kept = 1 if "group scaling" in name else 0
     assert program.count(aten.mul.Tensor) == kept and program.count(aten.div.Tensor) == program.count(aten.add.Tensor) - kept == 0
+
+
+class OnlineNorm(nn.Module):
+    """y = clamp((x - mu) / sqrt(var + eps)) with the running statistics of arXiv:1905.05894, or its layer scaling."""
+
+    def __init__(self, scaling=False):
+        super().__init__()
+        self.register_buffer("mu", torch.randn(6))
+        self.register_buffer("var", torch.rand(6) + 0.2)
+        self.scaling = scaling
+
+    def forward(self, x):
+        y = (x - self.mu) / torch.sqrt(self.var + 1e-5)
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) if self.scaling else y.clamp(-0.5, 0.5)
+
+
+def test_online_normalization_folds_up_to_its_clamp(fold):
+    parts = {"up": nn.Linear(4, 6), "norm": OnlineNorm(), "down": nn.Linear(6, 3)}
+    program, log = fold(FoldIntoWriter(), lambda m, x: m.down(m.norm(m.up(x))), TOKENS, **parts)
+    assert len(log.applications) == 2 and not log.refusals
+    (y,) = program.output.all_input_nodes
+    assert [y.target, (y := y.args[0]).target, y.args[0].target] == [aten.linear.default, aten.clamp.default, aten.linear.default]
+
+
+def test_the_layer_scaling_of_online_normalization_stays(fold):
+    parts = {"up": nn.Linear(4, 6), "norm": OnlineNorm(scaling=True), "down": nn.Linear(6, 3)}
+    program, log = fold(FoldIntoWriter(), lambda m, x: m.down(m.norm(m.up(x))), TOKENS, **parts)
+    assert len(log.applications) == 2
+    assert program.count(aten.rsqrt.default) == 1 and program.count(aten.div.Tensor) == program.count(aten.sub.Tensor) == 0
 
 
 def test_the_clamp_of_online_normalization_stops_it(fold):

@@ -55,7 +55,7 @@ def test_a_returned_value_is_a_reader():
 
 def test_a_wide_head_without_a_bias_is_not_given_one():
     _, log = run(lambda m, y: m.head(y))
-    assert log.refusals[0].reason == "head has no bias: adding one over 99 features costs more than a shift over 4"
+    assert log.refusals[0].reason == "head has no bias: adding one over 99 channels costs more than a shift over 4"
 
 
 def test_a_shift_per_token_is_refused():
