@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "KernelObserver",
     "OperatorObserver",
     "ShapeEnv",
     "autocast_region",
@@ -121,3 +122,16 @@ class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if isinstance(tensor, torch.Tensor):
                         self.before(tensor)
         return func(*args, **kwargs)
+
+
+class KernelObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls ``after`` with the name and the result of every kernel that runs: what a composite op or autocast is made of."""
+
+    def __init__(self, after: Callable[[str, Any], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.after = after
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.after(func._schema.name.replace("::", "."), result)
+        return result
