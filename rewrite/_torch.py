@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,13 +125,14 @@ class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class KernelObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls ``after`` with the name and the result of every kernel that runs: what a composite op or autocast is made of."""
+    """Shows ``after`` every kernel that runs, arguments and result: what a composite op or autocast is made of.
 
-    def __init__(self, after: Callable[[str, Any], None]) -> None:
+    ``after`` returns the result that the caller gets.
+    """
+
+    def __init__(self, after: Callable[[Any, Sequence[Any], Any], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.after = after
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.after(func._schema.name.replace("::", "."), result)
-        return result
+        return self.after(func, args, func(*args, **(kwargs or {})))

@@ -166,11 +166,13 @@ class _Watch(Interpretation):
         self.alive.append(tensor.untyped_storage())
         return storage_key(tensor)
 
-    def kernel(self, name: str, result: Any) -> None:
+    def kernel(self, op: Any, args: Sequence[Any], result: Any) -> Any:
         """A kernel has run inside the current node; what it made may be the node's value, which ``value`` finds out."""
-        kind: Kind = "cast" if name == "aten._to_copy" else "inside"
+        result = _as_computed(op, args, result)
+        kind: Kind = "cast" if op is torch.ops.aten._to_copy.default else "inside"
         for tensor in _tensors(result):
-            self.made.setdefault(self.key(tensor), (self.node, kind, name, tensor))
+            self.made.setdefault(self.key(tensor), (self.node, kind, op._schema.name.replace("::", "."), tensor))
+        return result
 
     def value(self, node: fx.Node, value: Any) -> None:
         kind: Kind = "input" if node.op == "placeholder" else "value"
@@ -205,6 +207,13 @@ class _Watch(Interpretation):
                 path_of(node),
                 source_of(node),
             )
+
+
+def _as_computed(op: Any, args: Sequence[Any], result: Any) -> Any:
+    """The fake LayerNorm on a CPU has statistics in the input's dtype; the kernel has them in the weight's, if that is wider."""
+    if op is not torch.ops.aten.native_layer_norm.default or args[0].device.type != "cpu" or args[2] is None:
+        return result
+    return result[0], result[1].to(args[2].dtype), result[2].to(args[2].dtype)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -250,3 +259,30 @@ def _alike(tensors: Sequence[SavedTensor]) -> dict[tuple[str, ...], list[SavedTe
         tensor = f"{show(x.shape)} {str(x.dtype).removeprefix('torch.')}"
         rows.setdefault((made, tensor, x.kind, ", ".join(dict.fromkeys(x.readers)), x.source or ""), []).append(x)
     return rows
+
+
+def kept_as_written(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool, autocast: torch.dtype | None
+) -> int | None:
+    """The bytes that the backward of the user's own forward keeps; None if it reads values, which fake tensors do not have."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    state = {name: mode.from_tensor(tensor) for name, tensor in named}
+    fake_args, fake_kwargs = pytree.tree_map(lambda x: _fake(mode, x), (tuple(args), dict(kwargs)))
+    owned = {storage_key(tensor) for tensor in state.values()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(storage_key(tensor), tensor.untyped_storage())
+        return tensor
+
+    device = next((x.device.type for x in pytree.tree_leaves((state, fake_args, fake_kwargs)) if isinstance(x, Tensor)), "cpu")
+    with undisturbed(model), quiet_fakes():
+        if model.training != training:
+            model.train(training)
+        try:
+            with mode, _autocast(device, autocast), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                functional_call(model, state, fake_args, fake_kwargs)
+        except Exception:
+            return None
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in owned)

@@ -23,6 +23,7 @@ from ._front import (
     optimize,
     optimize_parts,
     save,
+    saved_tensors,
     verify,
 )
 from ._replay import bisect, replay
@@ -43,5 +44,6 @@ __all__ = [
     "optimize_parts",
     "replay",
     "save",
+    "saved_tensors",
     "verify",
 ]
