@@ -29,6 +29,8 @@ from .program import Program, path_of, source_of, target_name
 from .record import undisturbed
 from .shapes import show
 
+aten = torch.ops.aten
+
 Kind = Literal["input", "value", "inside", "cast"]
 
 
@@ -169,7 +171,7 @@ class _Watch(Interpretation):
     def kernel(self, op: Any, args: Sequence[Any], result: Any) -> Any:
         """A kernel has run inside the current node; what it made may be the node's value, which ``value`` finds out."""
         result = _as_computed(op, args, result)
-        kind: Kind = "cast" if op is torch.ops.aten._to_copy.default else "inside"
+        kind: Kind = "cast" if op is aten._to_copy.default else "inside"
         for tensor in _tensors(result):
             self.made.setdefault(self.key(tensor), (self.node, kind, op._schema.name.replace("::", "."), tensor))
         return result
@@ -209,11 +211,15 @@ class _Watch(Interpretation):
             )
 
 
+_NORMS = {aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default}
+
+
 def _as_computed(op: Any, args: Sequence[Any], result: Any) -> Any:
-    """The fake LayerNorm on a CPU has statistics in the input's dtype; the kernel has them in the weight's, if that is wider."""
-    if op is not torch.ops.aten.native_layer_norm.default or args[0].device.type != "cpu" or args[2] is None:
+    """The fake norms of a CPU have statistics in the dtype of the input; the kernels have them in that of the weights."""
+    if op not in _NORMS or args[0].device.type != "cpu":
         return result
-    return result[0], result[1].to(args[2].dtype), result[2].to(args[2].dtype)
+    dtype = next((x.dtype for x in args[1:] if isinstance(x, Tensor)), args[0].dtype)
+    return result[0], result[1].to(dtype), result[2].to(dtype)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -281,8 +287,9 @@ def kept_as_written(
         if model.training != training:
             model.train(training)
         try:
-            with mode, _autocast(device, autocast), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                functional_call(model, state, fake_args, fake_kwargs)
+            with mode, KernelObserver(_as_computed), _autocast(device, autocast):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                    functional_call(model, state, fake_args, fake_kwargs)
         except Exception:
             return None
     return sum(storage.nbytes() for key, storage in kept.items() if key not in owned)

@@ -440,12 +440,11 @@ def saved_tensors(
     written = kept_as_written(model, args, given, training=program.mode == "train", autocast=autocast)
     if written is None or written == saved.bytes:
         return saved
-    reason = (
-        "what runs in torch.utils.checkpoint or in an autograd.Function keeps less there, and the capture dissolves both"
-        if written < saved.bytes
-        else "the captured graph is in canonical form, which keeps less"
+    note = (
+        f"the forward as it is written keeps {written:,} bytes: the captured graph is in canonical form, without "
+        "torch.utils.checkpoint and autograd.Function, and with the dtypes it was captured with"
     )
-    return replace(saved, notes=(*saved.notes, f"the forward as it is written keeps {written:,} bytes: {reason}"))
+    return replace(saved, notes=(*saved.notes, note))
 
 
 def _in_mode(module: Rewritten, mode: str) -> Program:
