@@ -137,9 +137,9 @@ def saved_tensors(
     watch = _Watch(program, weights)
     feed = [_fake(mode, x) for x in (program.example if inputs is None else inputs)]
     device = next((x.device.type for x in (*weights.values(), *feed) if isinstance(x, Tensor)), "cpu")
-    with torch.enable_grad(), quiet_fakes(), mode, KernelObserver(watch.kernel), _autocast(device, autocast):
-        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x):
-            watch.all(feed, watch.value)
+    hooks = torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x)
+    with torch.enable_grad(), quiet_fakes(), mode, KernelObserver(watch.kernel), _autocast(device, autocast), hooks:
+        watch.all(feed, watch.value)
     tensors = tuple(watch.saved())
     trainable = any(x.requires_grad for x in (*weights.values(), *feed) if isinstance(x, Tensor))
     return SavedTensors(program.name, tensors, () if trainable else ("nothing requires a gradient: there is no backward",))
@@ -287,9 +287,9 @@ def kept_as_written(
         if model.training != training:
             model.train(training)
         try:
-            with mode, KernelObserver(_as_computed), _autocast(device, autocast):
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                    functional_call(model, state, fake_args, fake_kwargs)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+            with mode, KernelObserver(_as_computed), _autocast(device, autocast), hooks:
+                functional_call(model, state, fake_args, fake_kwargs)
         except Exception:
             return None
     return sum(storage.nbytes() for key, storage in kept.items() if key not in owned)

@@ -452,7 +452,9 @@ def _in_mode(module: Rewritten, mode: str) -> Program:
     program = as_run(module.program)
     wanted = module.training if mode in ("auto", "both") else mode == "train"
     if program.mode != "both" and (program.mode == "train") != wanted:
-        raise UsageError(f"{program.name} was captured in {program.mode} mode and computes that alone", hint=f'mode="{program.mode}"')
+        raise UsageError(
+            f"{program.name} was captured in {program.mode} mode and computes that alone", hint=f'mode="{program.mode}"'
+        )
     flags = {path: module.get_submodule(path).training for path in program.training}
     program.training = flags if module.training == wanted else dict.fromkeys(flags, wanted)
     return program

@@ -16,7 +16,6 @@ from zoo.models import ZOO
 
 import tautomer
 from tautomer.backends.to_torch import to_torch
-from tautomer.rewrite.saved import SavedTensors
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
