@@ -29,7 +29,7 @@ from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import static
 
 from .onnx_check import PROVIDERS, Reference, compare, tensor_outputs
-from .onnx_names import fixed_sizes, name_sizes, name_weights, rename, unsaid
+from .onnx_names import fixed_sizes, name_sizes, name_weights, named, rename, unsaid
 from .onnx_table import table
 from .to_torch import to_torch
 
@@ -117,8 +117,9 @@ def to_onnx(
     model = onnx_program.model
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
     inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
-    outputs = rename(model, program.signature, inputs, tensor_outputs(program))
-    conditions = unsaid(program.signature, dict(zip(inputs, name_sizes(model), strict=True)))
+    signature = named(program.signature)
+    outputs = rename(model, signature, inputs, tensor_outputs(program))
+    conditions = unsaid(signature, dict(zip(inputs, name_sizes(model), strict=True)))
     model.metadata_props["tautomer.conditions"] = ", ".join(conditions)
     model.metadata_props["tautomer.version"] = version("tautomer")
     model.metadata_props["tautomer.rewrites"] = ", ".join(rewrites)
