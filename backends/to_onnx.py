@@ -28,7 +28,7 @@ from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import static
 
-from .onnx_check import PROVIDERS, Reference, compare, tensor_outputs
+from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
 from .onnx_names import fixed_sizes, name_sizes, name_weights, named, rename, unsaid
 from .onnx_table import table
 from .to_torch import to_torch
@@ -115,6 +115,7 @@ def to_onnx(
     module = _flat(program)
     onnx_program = _translate(program, module, table(opset, provider), opset, dynamic)
     model = onnx_program.model
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
     inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
     signature = named(program.signature)
@@ -127,7 +128,8 @@ def to_onnx(
     with tempfile.TemporaryDirectory(prefix=".tautomer-", dir=target.parent) as folder:
         file = Path(folder) / target.name
         onnx_program.save(file)
-        error, sizes = compare(program, file, provider, dynamic, reference, outputs) if check else (None, ())
+        blame = first_difference(onnx_program, values, Path(folder) / "every_value.onnx", provider, tolerance(program))
+        error, sizes = compare(program, file, provider, dynamic, reference, outputs, blame) if check else (None, ())
         files = sorted(Path(folder).iterdir(), key=lambda x: x.name == target.name)
         total = sum(x.stat().st_size for x in files)
         for written in files:
