@@ -8,6 +8,7 @@ every value as an output, beside the graph it was translated from: the first op 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,9 @@ def open_session(file: Path, provider: str, threads: int | None = None, *, hint:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load the file: {error}", hint=hint) from error
+        missing = re.search(r"Could not find an implementation for (\w+)", str(error))
+        reason = f"it has no {provider} kernel for {missing[1]} of these dtypes" if missing else str(error)
+        raise ExportError(f"ONNX Runtime cannot load the file: {reason}", hint=hint) from error
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise ExportError(f"ONNX Runtime did not load its {PROVIDERS[provider]}", hint="check its CUDA and cuDNN versions")
     return session

@@ -102,7 +102,7 @@ def to_onnx(
         dynamic: leave the sizes free that the capture left free; False fixes the example's.
         check: run the file on ONNX Runtime and compare.
         reference: what to compare with, called like the user's model; by default the program itself.
-        rewrites: the names of the rewrites that were applied, kept in the file's metadata.
+        rewrites: the rewrites that were applied, with their claims, kept in the file's metadata.
 
     Raises:
         UsageError: an argument is wrong, or ``path`` cannot be written; before any work.
@@ -132,9 +132,29 @@ def to_onnx(
         error, sizes = compare(program, file, provider, dynamic, reference, outputs, blame) if check else (None, ())
         files = sorted(Path(folder).iterdir(), key=lambda x: x.name == target.name)
         total = sum(x.stat().st_size for x in files)
-        for written in files:
-            os.replace(written, target.parent / written.name)
+        _move(files, target.parent)
     return OnnxReport(target, opset, provider, dict(nodes), total, error, sizes, conditions)
+
+
+def _move(files: Sequence[Path], folder: Path) -> None:
+    """Put ``files`` into ``folder``, all or none: weights beside a file are part of it."""
+    if len(files) == 1:
+        os.replace(files[0], folder / files[0].name)  # at no moment without the old file
+        return
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for file in files:
+            target, aside = folder / file.name, file.with_name(f"{file.name}.before")
+            if target.exists():
+                os.replace(target, aside)
+            moved.append((target, aside))
+            os.replace(file, target)
+    except BaseException:
+        for target, aside in moved:
+            target.unlink(missing_ok=True)
+            if aside.exists():
+                os.replace(aside, target)
+        raise
 
 
 # -- before any work ------------------------------------------------------------------------------------------
