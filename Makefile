@@ -16,10 +16,10 @@ check:           ## lint, format of imports, types, generated docs up to date
 	$(BIN)/python docs/generate.py --check
 
 test:            ## everything but the full zoo
-	$(BIN)/pytest -m 'not zoo'
+	$(BIN)/pytest -n auto -m 'not zoo'
 
 zoo:             ## every model family: captured, rewritten, exported, run
-	$(BIN)/pytest -m zoo tests/zoo
+	$(BIN)/pytest -n auto -m zoo
 
 bench:           ## every published figure, one after the other (measure alone)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

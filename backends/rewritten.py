@@ -142,9 +142,9 @@ def specialised(base: type[Rewritten], graph: fx.Graph, signature: Signature) ->
     that torch.compile can read and a traceback can show."""
     python = graph.python_code("self")
     source = python.src.replace("def forward(", "def run(", 1)
-    run = _function(source, "run", dict(python.globals), signature.owner)
+    run = function_of(source, "run", dict(python.globals), signature.owner)
     asked = "def conditions(self, leaves):\n    return (" + "".join(f"\n        {x}," for x in signature.conditions) + ")"
-    conditions = _function(asked, "conditions", dict(size_functions), signature.owner)
+    conditions = function_of(asked, "conditions", dict(size_functions), signature.owner)
 
     def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
         return self._signature.unflatten(self._run(*self._bind(args, kwargs)))
@@ -154,7 +154,7 @@ def specialised(base: type[Rewritten], graph: fx.Graph, signature: Signature) ->
     return type(base.__name__, (base,), members)
 
 
-def _function(source: str, name: str, namespace: dict[str, Any], owner: str) -> Callable[..., Any]:
+def function_of(source: str, name: str, namespace: dict[str, Any], owner: str) -> Callable[..., Any]:
     """The function ``name`` of ``source``, with its lines where tracebacks look for them."""
     file = f"<tautomer {owner} {name} {next(_count)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)

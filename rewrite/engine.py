@@ -26,7 +26,7 @@ from .errors import ClaimBroken, InvalidGraph, Refused, require
 from .metadata import Derived
 from .pass_base import Context, Pass
 from .patterns import Entry, Found, Pattern, compile_pattern
-from .program import Program, line, place, target_name
+from .program import Program, inherit, line, place, target_name
 from .region import Region, hold, region_between, signature
 from .shapes import product
 from .substitution import compare, dying, erase_dead
@@ -215,6 +215,7 @@ class _Engine:
         op = self.editor.before(self.anchor(match), origin=match.root)
         try:
             roots, overlay = self.stage(rule, op, match)
+            _settle(op.created, found.nodes)
             self.refuse_second_copies(op, match.roots)
             error = self.check(rule, op, found, roots)
         except Exception:
@@ -320,6 +321,14 @@ class _Engine:
         for node, value in overlay.items():
             node.meta["val"] = value
         erase_dead(self.program.graph, old)
+
+
+def _settle(created: Iterable[fx.Node], matched: Sequence[fx.Node]) -> None:
+    """A new call belongs where the call of the same op that it stands for was made: a linear layer stays in its module."""
+    for node in created:
+        twin = next((other for other in matched if other.target is node.target), None)
+        if twin is not None:
+            inherit(node, twin)
 
 
 def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .errors import Refused, require
 from .metadata import value_of
 from .ops import Ops, TextOps
-from .pass_base import Pass
+from .pass_base import Pass, fixed
 from .program import Program, target_name
 from .shapes import Size, static
 from .weights import MUTATED
@@ -101,12 +101,13 @@ class Match:
 
 
 def require_match(rule: Equation, m: Match) -> None:
-    """Refuse what the pattern cannot see: memory that is written, the rule's own condition, other readers.
+    """Refuse what the pattern cannot see: memory that is written, fixed code, the rule's own condition, other readers.
 
     An op below the roots that stays alive for another reader would be computed twice; a "shared" rule accepts that.
     """
     for node in m.nodes:
         require(not node.meta.get(MUTATED), "a value in the pattern is written in place")
+        require(fixed(node) is None, str(fixed(node)))
     rule.where(m)
     if rule.interior == "shared" or len(m.nodes) == len(m.roots):
         return

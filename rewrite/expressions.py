@@ -116,15 +116,18 @@ def leaves(expression: Expression) -> Iterator[str]:
     yield from found
 
 
-def digest(expression: Expression) -> str:
-    """A short text, equal for equal expressions, in any process."""
+def digest(expression: Expression, named: Callable[[str], str] = str) -> str:
+    """A short text, equal for equal expressions, in any process; ``named`` says what counts as a leaf's name."""
     digests: dict[int, str] = {}
-    shown = lambda x: digests[id(x)] if id(x) in digests else str(x)  # noqa: E731
+
+    def shown(x: Any) -> str:
+        return named(x.name) if isinstance(x, Leaf) else digests[id(x)] if id(x) in digests else str(x)
+
     for x in inside_out(expression):
         name = getattr(x.target, "__name__", x.target)
         text = f"{name}({map_leaves(x.args, shown)}, {[(k, map_leaves(v, shown)) for k, v in x.kwargs]})"
         digests[id(x)] = sha256(text.encode()).hexdigest()[:16]
-    return digests.get(id(expression)) or str(expression)
+    return shown(expression)
 
 
 def map_leaves(x: Any, function: Callable[[Any], Any]) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from ._torch import storage_key
 from .blocks import Block, blocks, structure
 from .evidence import magnitude, relative_error
+from .expressions import digest
 from .interpret import Interpretation, written
 from .program import Program
 from .relations import related
@@ -43,7 +44,7 @@ def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> 
     worst, count, notes = 0.0, 0, list[str]()
     seen: set[object] = set()
     for ours, theirs in pairs:
-        signature = (structure(old, ours, _note), structure(new, theirs, _note))
+        signature = (structure(old, ours, _note), structure(new, theirs, _note), _weight_map(old, ours, new, theirs))
         if signature in seen or _same(old, new, ours, theirs):
             continue
         seen.add(signature)
@@ -54,6 +55,13 @@ def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> 
             continue
         worst, count = max(worst, error), count + compared
     return worst, count, notes
+
+
+def _weight_map(old: Program, ours: Block, new: Program, theirs: Block) -> tuple[str, ...]:
+    """What every weight that either block reads is over the leaves, which are named by their order: equal in another layer."""
+    numbers: dict[str, str] = {}
+    read = [*_expressions(old, ours), *_expressions(new, theirs)]
+    return tuple(digest(expression, lambda leaf: numbers.setdefault(leaf, f"leaf {len(numbers)}")) for expression in read)
 
 
 class _CannotPairError(Exception):

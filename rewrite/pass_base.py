@@ -19,6 +19,15 @@ from .claims import Claim
 from .program import Program, path_of, source_of
 
 Phase = Literal["canonical", "raise", "rewrite", "choose", "cleanup"]
+FIXED = "tautomer_fixed"
+"""Metadata of a node that must stay as it is: the sentence that says why."""
+
+
+def fixed(node: fx.Node) -> str | None:
+    """Why no rewrite may take ``node`` away or put another value in its place; None if one may."""
+    return node.meta.get(FIXED)
+
+
 Purpose = Literal["speed", "memory", "size", "form"]
 """What a rewrite is for. Only "speed" asks the target whether it pays; "form" rewrites enable others or tidy up."""
 
@@ -148,12 +157,17 @@ class Context:
     data: Data | None = None
 
     def admits(self, rewrite: Pass, node: fx.Node) -> bool:
-        """Whether the user lets ``rewrite`` fire at ``node``. Spends no fuel."""
+        """Whether ``rewrite`` may fire at ``node``: the user lets it, and the node is not fixed (a refusal). Spends no fuel."""
         if self.fuel is not None and self.fuel <= 0:
             return False
         if self.only and not any(_selects(entry, rewrite, node) for entry in self.only):
             return False
-        return not self.skip or not any(_selects(entry, rewrite, node) for entry in self.skip)
+        if any(_selects(entry, rewrite, node) for entry in self.skip):
+            return False
+        reason = fixed(node)
+        if reason is not None:
+            self.refused(rewrite, node, reason)
+        return reason is None
 
     def applied(self, rewrite: Pass, node: fx.Node, note: str = "", error: float | None = None) -> None:
         """Record an application at ``node`` and spend its fuel."""

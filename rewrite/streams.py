@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from .axes import Axes, Value, blind, rank
-from .pass_base import Pass
+from .pass_base import Pass, fixed
 from .program import Program, arguments, place, source_of, target_name
 from .selection import Selection
 from .weights import opaque
@@ -160,7 +160,7 @@ class Streams:
                 selection.implies(centred, ("available" if direct else "centred", carrier))
             if self.blocked(value):
                 selection.forbid(centred)
-            if self.is_weight(value):
+            if self.is_weight(value) or fixed(value.node):
                 selection.implies(available, centred)  # centring a whole table at every call is never a bargain
             else:
                 free = self.dropout == "centre" and _drops(value.node)
@@ -214,6 +214,9 @@ class Streams:
             for observer in self.observers[value]:
                 return self._observed(value, observer)
         roots = self._roots(forced)
+        for root in roots:
+            if reason := fixed(root.node):
+                return f"its stream would have to be centred at run time behind {place(root.node)}: {reason}"
         norms = sum(self.same_weight(self.wanted(other)) in forced for other in self.norms)
         needed, saved = _count(len(roots), "centring"), _count(norms, "norm")
         cause = self._cause(roots[0]) if roots else "nothing to gain"

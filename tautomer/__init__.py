@@ -8,6 +8,8 @@ tautomer.export_onnx(fast, "model.onnx", args, kwargs)
 tautomer.nn has norms for models that will be trained.
 """
 
+from tautomer.backends.form import load_form, save_form
+
 from . import nn as nn
 from ._front import (
     Catalogue,
@@ -25,11 +27,13 @@ from ._front import (
     save,
     verify,
 )
+from ._inplace import Rewriting, optimize_
 from ._replay import bisect, replay
 
 __all__ = [
     "Catalogue",
     "Explanation",
+    "Rewriting",
     "bench",
     "bisect",
     "capture",
@@ -39,9 +43,12 @@ __all__ = [
     "export_onnx",
     "fold",
     "load",
+    "load_form",
     "optimize",
+    "optimize_",
     "optimize_parts",
     "replay",
     "save",
+    "save_form",
     "verify",
 ]

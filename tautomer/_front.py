@@ -240,20 +240,24 @@ def _rewrite(program: Program, plan: _Plan, capture_seconds: float) -> Rewritten
     outcome = run_passes(plan.passes, program, context, target=plan.target if plan.ask else None, check=plan.check)
     fast = to_torch(program)
     plan.tell("measuring")
-    fast.report = Report(
+    fast.report = _report(original, program, plan.target, outcome, capture_seconds)
+    fast.weights, fast.program = program.weights, program
+    return fast
+
+
+def _report(original: Program, program: Program, target: Target, outcome: Outcome, capture_seconds: float) -> Report:
+    return Report(
         program.name,
-        plan.target.name,
+        target.name,
         outcome.log,
         tuple(program.notes),
         Size.of(original),
         Size.of(program),
         outcome.gains,
         outcome.evidence,
-        _measure(original, program, plan.target, outcome),
+        _measure(original, program, target, outcome),
         {"capture": capture_seconds} | outcome.seconds,
     )
-    fast.weights, fast.program = program.weights, program
-    return fast
 
 
 def verify(

@@ -1,4 +1,4 @@
-"""Every test runs with fixed seeds, without torch.compile's disk cache, and with one thread pool that is not surprised."""
+"""Every test runs with fixed seeds, without torch.compile's disk cache, and on one thread: workers share the cores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/zoo is shared by several test folders
 

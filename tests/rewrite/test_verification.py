@@ -240,3 +240,14 @@ def test_two_merged_values_are_one_input_of_the_next_block() -> None:
     second.replace_all_uses_with(first)
     new.graph.erase_node(second)
     assert check_program(old, new, ALGEBRAIC).gradients > 0
+
+
+def test_a_wrong_edit_in_one_of_several_equal_blocks_is_caught() -> None:
+    """The blocks look alike, and the first is right: what their weights are made of is part of what they are."""
+    old, new = pair()
+    for index, target in enumerate((aten.clone.default, aten.detach.default, aten.clone.default)):
+        (read,) = (x for x in call(new, aten.linear.default, index).all_input_nodes if str(x.target).endswith("linear.weight"))
+        edit = Apply(target, (new.weights[str(read.target)].expression,))
+        read.target = new.weights.stage(edit, new.weights[str(read.target)].meta, str(read.target))
+    with pytest.raises(ClaimBroken, match="gradients differ"):
+        check_program(old, new, ALGEBRAIC)

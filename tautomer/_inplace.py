@@ -1,0 +1,239 @@
+"""Rewrite a model in place: the proof is made on the captured graph, then the user's own object is edited.
+
+    capture → rewrite and check → compare with the module tree → edit → capture again and compare     or all is as it was
+
+A rewrite that the module tree cannot express is refused with its sentence, and the others are made without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+
+from tautomer.backends.correspondence import Fault
+from tautomer.backends.module_calls import exchangeable, watch
+from tautomer.backends.rewritten import Rewritten
+from tautomer.backends.to_module import Edit, plan, written
+from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
+from tautomer.passes.cleanup.name_weights import NameWeights
+from tautomer.passes.recipes import Recipe
+from tautomer.rewrite.claims import Claim
+from tautomer.rewrite.equivalence import check_equivalence
+from tautomer.rewrite.errors import CaptureError, ClaimBroken, UsageError
+from tautomer.rewrite.pass_base import Application, Context, Log, Note, Pass, Refusal
+from tautomer.rewrite.pipeline import Outcome, claim_of, run_passes
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.report import Report
+from tautomer.rewrite.target import Target
+from tautomer.rewrite.weights import Weights
+
+from ._front import Progress, _check_entry, _entries, _passes, _progress, _recipe, _report, _target, capture
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What ``optimize_`` did to a model.
+
+    Attributes:
+        report: what fired, what did not and why, how exact, what it cost.
+        weights: maps a state dict of the original model to one of this one and back (``weights.from_original``,
+            ``weights.to_original``). It holds the values that were overwritten.
+        modules: the paths of the modules whose code was exchanged.
+    """
+
+    report: Report
+    weights: Weights
+    modules: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.report}  code exchanged in {len(self.modules)} modules\n"
+
+
+def optimize_(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Recipe = "inference",
+    passes: Sequence[str | Pass] | None = None,
+    target: str | Target = "eager",
+    only: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    dynamic_shapes: Any = "auto",
+    mode: str = "auto",
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Rewriting:
+    """Rewrite a model in place: its class, keys, hooks, ``generate``, ``save_pretrained`` and wrappers stay what they are.
+
+    Weights are overwritten, and leaf modules (a norm, an activation, a layer scale) get new code as subclasses of their own
+    classes. A weight that a rewrite consumed stays under its key and does nothing: the state dict is right for the original
+    classes too, so ``save_pretrained`` → ``from_pretrained`` gives a model of the original form with the same answers.
+    ``tautomer.save_form`` and ``load_form`` carry the new form over.
+
+    Do it before ``DistributedDataParallel``, ``fully_shard`` or an optimizer takes the model, and in the dtype it will run in.
+
+    Args: as of ``optimize``; also
+        mode: "both" proves the rewrites with dropout on and off; "eval" or "train" for one mode, and the model refuses to
+            compute in the other; "auto" is "both" for a model in training mode and wherever the mode makes no difference.
+
+    Returns:
+        The report, and the map of state dicts.
+
+    Raises:
+        UsageError, CaptureError: as of ``optimize``. ClaimBroken: the edited model does not compute what it did. Whatever is
+            raised, the model is what it was.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+        >>> done = optimize_(block, (torch.randn(2, 8),), target="onnxruntime")
+        >>> done.modules, isinstance(block[1], nn.LayerNorm), bool(block[1].bias.any())
+        (('1',), True, False)
+    """
+    _require_a_bare_model(model)
+    if _recipe(recipe).live and passes is None:
+        raise UsageError(
+            f"the recipe '{_recipe(recipe).name}' edits weights inside the forward; in place they are edited where they are kept",
+            hint="tautomer.optimize(…, recipe='training') makes a module that trains like the original",
+        )
+    tell, where, chosen = _progress(progress), _target(target), _named(_passes(recipe, passes))
+    context = Context(only=_entries("only", only), skip=_entries("skip", skip))
+    start = perf_counter()
+    tell("capturing")
+    captured = _capture(model, args, kwargs, dynamic_shapes, mode)
+    for entry in (*context.only, *context.skip):
+        _check_entry(entry, captured)
+    modules = exchangeable(captured, model, watch(model, args, kwargs or {}))
+    seconds = perf_counter() - start
+    tell("rewriting and checking")
+    job = _Job(model, captured, modules, chosen, context, where if passes is None else None)
+    program, outcome, edit = job.settle(check)
+    tell("measuring")
+    report = _report(captured, program, where, outcome, seconds)
+    tell("editing")
+    with written(model, edit, captured.mode) as before:
+        weights = Weights({**edit.weights.leaves, **before}, edit.weights.entries)
+        if check and outcome.log.applications:
+            reference, claim = captured.copy(), claim_of(outcome.log.applications, chosen)
+            reference.weights.leaves.update(before)
+            _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
+            outcome.log.notes.extend(_stock(reference, weights, claim))
+    names = {module: name for name, module in model.named_modules()}
+    return Rewriting(report, weights, tuple(names[module] for module in edit.code))
+
+
+def _require_a_bare_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"only a module can be rewritten in place, not a {type(model).__name__}")
+    if isinstance(model, Rewritten):
+        raise UsageError("this module was made by tautomer.optimize", hint="optimize_ the user's own model")
+    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if sharded or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError("the model is distributed already", hint="optimize_ it first, then wrap or shard it")
+
+
+_LAST = (DropUnusedWeights, NameWeights)
+_LAST_NAMES = {kind.name for kind in _LAST}
+
+
+def _named(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The edit is written under the old names, so the passes that give them always run, last."""
+    return (*(rewrite for rewrite in passes if not isinstance(rewrite, _LAST)), *(kind() for kind in _LAST))
+
+
+def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, mode: str) -> Program:
+    if mode != "auto":
+        return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
+    with contextlib.suppress(CaptureError):  # perhaps in one of the modes alone
+        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode="both")
+        if model.training or (program.mode == "both" and not program.training):
+            return program
+    return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One model to rewrite as far as it can be written back."""
+
+    model: nn.Module
+    captured: Program
+    modules: Mapping[str, nn.Module]
+    passes: tuple[Pass, ...]
+    context: Context
+    target: Target | None
+
+    def settle(self, check: bool) -> tuple[Program, Outcome, Edit]:
+        """The rewriting without what cannot be written back, each of which is a refusal."""
+        refusals: list[Refusal] = []
+        checked = False
+        while True:
+            program, outcome, edit = self.attempt(refusals, check and checked)
+            if edit.faults:
+                refusals += self.blamed(edit.faults[0], outcome, refusals)
+            elif checked or not check:
+                break
+            else:
+                checked = True
+        for refusal in refusals:
+            outcome.log.refuse(refusal)
+        for name in edit.unread:
+            outcome.log.notes.append(Note("optimize_", name, "part of other weights now: it does nothing, and does not train"))
+        return program, outcome, edit
+
+    def attempt(self, refusals: Sequence[Refusal], check: bool) -> tuple[Program, Outcome, Edit]:
+        program = self.captured.copy()
+        given_up = {refusal.id for refusal in refusals}
+        context = replace(self.context, skip=(*self.context.skip, *given_up), log=Log())
+        passes = [rewrite for rewrite in self.passes if rewrite.name not in given_up]
+        outcome = run_passes(passes, program, context, target=self.target, check=check)
+        return program, outcome, plan(self.captured, program, self.model, self.modules)
+
+    def blamed(self, fault: Fault, outcome: Outcome, refusals: Sequence[Refusal]) -> list[Refusal]:
+        """The applications to give up for a fault: those at the paths it blames, else all of the last pass it needs."""
+        known = {refusal.id for refusal in refusals}  # a pass that was told to skip these and did not goes as a whole
+        for path in fault.blame:
+            made = [a for a in outcome.log.applications if a.id.partition("@")[2].rpartition("/")[0] == path]
+            found = [a for a in made if a.id not in known]
+            if found:
+                return [_given_up(application, fault) for application in found]
+        names = dict.fromkeys(a.rewrite for a in reversed(outcome.log.applications))
+        wholes = [Refusal(name, name, _sentence(fault)) for name in names if name not in _LAST_NAMES]
+        mends = (w for w in wholes if fault not in self.attempt([*refusals, w], check=False)[2].faults)
+        return [next(mends, wholes[0])]
+
+
+def _given_up(application: Application, fault: Fault) -> Refusal:
+    return Refusal(application.rewrite, application.id, _sentence(fault), application.source)
+
+
+def _sentence(fault: Fault) -> str:
+    return f"it cannot be written back: {fault.reason}"
+
+
+def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> None:
+    """The edited model, captured once more, against what it was."""
+    args, kwargs, dynamic_shapes = call
+    try:
+        edited = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=reference.mode)
+        check_equivalence(reference, edited, claim)
+    except ClaimBroken as broken:
+        hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+        hint = f"skip={hooked!r}: a hook that changes values is not part of a module's code" if hooked else None
+        raise ClaimBroken(f"written back, {broken.what}", where=broken.where, hint=hint) from broken
+
+
+def _stock(reference: Program, weights: Weights, claim: Claim) -> Iterator[Note]:
+    """Whether the original classes compute the same with the new weights; if not, the user should know."""
+    stock = reference.copy()
+    stock.weights = weights
+    try:
+        check_equivalence(reference, stock, claim)
+    except ClaimBroken:
+        yield Note(
+            "optimize_", reference.name, "the new weights are right for the new code alone: after from_pretrained, load_form"
+        )
