@@ -2,24 +2,26 @@
 
     max|ort(x) - program(x)| <= tolerance * max|program(x)|
 
-at the example and, where sizes are free, at batch 1 and an odd length.
+at the example and, where sizes are free, at batch 1 and an odd length. Where they disagree, the file runs once more with
+every value as an output, beside the graph it was translated from: the first op whose values disagree is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from tautomer.rewrite._torch import pytree
+from tautomer.rewrite._torch import pytree, unlifted_module
 from tautomer.rewrite.errors import ExportError
 from tautomer.rewrite.evidence import relative_error
 from tautomer.rewrite.interpret import interpret
-from tautomer.rewrite.program import Program
+from tautomer.rewrite.program import Program, target_name
 from tautomer.rewrite.samples import samples
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -30,12 +32,23 @@ float64 is bounded by the format: ONNX keeps attributes such as epsilon and scal
 """
 
 Reference = Callable[..., Any]
+Blame = Callable[[Sequence[Tensor]], str]
 
 
 def compare(
-    program: Program, file: Path, provider: str, dynamic: bool, reference: Reference | None, names: Sequence[str]
+    program: Program,
+    file: Path,
+    provider: str,
+    dynamic: bool,
+    reference: Reference | None,
+    names: Sequence[str],
+    blame: Blame | None = None,
 ) -> tuple[float, tuple[str, ...]]:
-    """The worst relative error of the file's outputs, and the sizes it was measured at."""
+    """The worst relative error of the file's outputs, and the sizes it was measured at.
+
+    Args:
+        blame: says of inputs on which an output disagrees where it began.
+    """
     session = open_session(file, provider, hint=_hint(program))
     others = [sample.inputs for sample in samples(program)] if dynamic else []
     inputs = [program.example, *(x for x in others if _shapes(x) != _shapes(program.example))]
@@ -59,11 +72,48 @@ def compare(
         if errors and errors[name] > bound:
             raise ExportError(
                 f"ONNX Runtime and PyTorch disagree on '{name}': relative error {errors[name]:.1e}, allowed {bound:.0e}, "
-                f"at {_sizes(session, flat)}"
+                f"at {_sizes(session, flat)}{'; ' + blame(_tensors(flat)) if blame else ''}"
             )
         worst = max([worst, *errors.values()])
         shown.append(_sizes(session, flat))
     return worst, tuple(shown)
+
+
+def first_difference(onnx_program: Any, values: Mapping[str, Any], file: Path, provider: str, bound: float) -> Blame:
+    """Names the first op whose values in the file and in the graph it was translated from disagree.
+
+    Args:
+        onnx_program: the translation; it is written once more, to ``file``, with other outputs.
+        values: the value of the file for every node of the graph that has one, by the node's name.
+    """
+
+    @torch.no_grad()
+    def blame(inputs: Sequence[Tensor]) -> str:
+        graph = onnx_program.model.graph
+        graph.outputs.extend(value for value in values.values() if all(value is not x for x in graph.outputs))
+        onnx_program.save(file)
+        session = open_session(file, provider)
+        feed = {x.name: y.detach().cpu().numpy() for x, y in zip(session.get_inputs(), inputs, strict=True)}
+        found = dict(zip((x.name for x in session.get_outputs()), session.run(None, feed), strict=True))
+        differences: list[str] = []
+
+        class Compare(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if n.op == "call_function" and n.name in values and isinstance(result, Tensor) and not differences:
+                    value = values[n.name]
+                    error = relative_error(torch.from_numpy(found[value.name]), result.cpu())
+                    if error > bound:
+                        what = f"{target_name(n)} ('{n.name}', {value.producer().op_type} in the file)"
+                        differences.append(f"the first op that disagrees is {what}: relative error {error:.1e}")
+                return result
+
+        Compare(unlifted_module(onnx_program.exported_program)).run(*inputs)
+        return (
+            differences or ["every op of the file agrees with the captured graph: the graph is not what it is compared with"]
+        )[0]
+
+    return blame
 
 
 def _shapes(flat: Sequence[Any]) -> list[torch.Size]:
@@ -83,7 +133,9 @@ def open_session(file: Path, provider: str, threads: int | None = None, *, hint:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load the file: {error}", hint=hint) from error
+        missing = re.search(r"Could not find an implementation for (\w+)", str(error))
+        reason = f"it has no {provider} kernel for {missing[1]} of these dtypes" if missing else str(error)
+        raise ExportError(f"ONNX Runtime cannot load the file: {reason}", hint=hint) from error
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise ExportError(f"ONNX Runtime did not load its {PROVIDERS[provider]}", hint="check its CUDA and cuDNN versions")
     return session

@@ -1,4 +1,9 @@
-"""The names of an ONNX file's inputs and outputs: the arguments of the user's forward, the fields of what it returns."""
+"""The names of an ONNX file's inputs and outputs: the arguments of the user's forward, the fields of what it returns.
+
+A tensor inside an object, such as a cache, is named by its place there, without the list it is in: the second key of
+``past_key_values`` is ``past_key_values.1.key``. What comes back as a field ``past…`` is ``present.1.key``: it is fed to
+``past_key_values.1.key`` in the next call.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,34 @@ from typing import Any
 
 import numpy
 import onnx_ir
+import sympy
 import torch
 from torch import Tensor
 
-from tautomer.rewrite.signature import Signature
+from tautomer.rewrite._torch import pytree
+from tautomer.rewrite.signature import Signature, holds
+
+
+def named(signature: Signature) -> Signature:
+    """The signature with a file's names for its leaves: ``batch_x``, ``past_key_values.0.key``."""
+    args, kwargs = signature.in_spec.children()
+    given = [argument.name for argument in signature.arguments if not argument.keyword_only]
+    extra = [f"args_{i}" for i in range(len(given), args.num_children)]
+    roots = [*given[: args.num_children], *extra, *map(str, kwargs.context)]
+    trees = [*args.children(), *kwargs.children()]
+    names = [_join(root, rest) for root, tree in zip(roots, trees, strict=True) for rest in fields(tree)]
+    return dataclasses.replace(signature, leaf_names=tuple(map(identifier, names)))
 
 
 def rename(model: Any, signature: Signature, inputs: Sequence[int], outputs: Sequence[int]) -> list[str]:
     """Name the inputs and outputs of an ``onnx_ir`` model after the leaves of the signature; returns the outputs' names.
 
     Args:
+        signature: as ``named`` gives it.
         inputs, outputs: which leaves of the call and of the output the model has.
     """
-    leaves = [f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name for name in fields(signature.out_spec)]
+    leaves = [name if name and name[0].isalpha() else _join("output", name) for name in fields(signature.out_spec)]
+    leaves = [_PAST.sub("present", name) if name in signature.leaf_names else name for name in leaves]
     named_inputs = [(value, signature.leaf_names[i]) for value, i in zip(model.graph.inputs, inputs, strict=True)]
     named_outputs = [(value, leaves[i]) for value, i in zip(model.graph.outputs, outputs, strict=True)]
     taken: set[str] = set()
@@ -36,6 +56,9 @@ def rename(model: Any, signature: Signature, inputs: Sequence[int], outputs: Seq
     return [name for _, name in wanted[len(named_inputs) :]]
 
 
+_PAST = re.compile(r"^past(_key_values?)?(?![a-z])")
+
+
 def name_sizes(model: Any) -> list[list[int | str]]:
     """Name every free size of an ``onnx_ir`` model after the input and axis it is first met at: ``input_ids_dim0``.
 
@@ -46,7 +69,7 @@ def name_sizes(model: Any) -> list[list[int | str]]:
     for value in model.graph.inputs:
         for axis, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and str(size.value).isidentifier():
-                names.setdefault(str(size.value), f"{value.name}_dim{axis}")
+                names.setdefault(str(size.value), re.sub(r"\W", "_", f"{value.name}_dim{axis}"))
     if names:
         met = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
         for value in [*model.graph.inputs, *inner_values(model)]:
@@ -71,14 +94,29 @@ def unsaid(signature: Signature, sizes: Mapping[int, Sequence[int | str]]) -> tu
     Args:
         sizes: the sizes of the file's inputs, as numbers and names, by leaf.
     """
-    left = []
-    for condition in dict.fromkeys(signature.conditions):
-        met = [sizes.get(int(leaf), ())[int(axis) : int(axis) + 1] for leaf, axis in re.findall(_SIZE, condition)]
-        numbers = all(size and isinstance(size[0], int) for size in met)
-        equal = re.fullmatch(f"{_SIZE} == {_SIZE}", condition) and met[0] and met[0] == met[1]
-        if not numbers and not equal:
-            left.append(signature.describe(condition))
-    return tuple(left)
+    symbols = {x: sympy.Symbol(x, integer=True, nonnegative=True) for axes in sizes.values() for x in axes if isinstance(x, str)}
+    leaves = {leaf: _Sized([x if isinstance(x, int) else symbols[x] for x in axes]) for leaf, axes in sizes.items()}
+    return tuple(signature.describe(x) for x in dict.fromkeys(signature.conditions) if not _always(x, leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sized:
+    """A tensor of which only the sizes are known."""
+
+    sizes: Sequence[Any]
+
+    def size(self) -> Sequence[Any]:
+        return self.sizes
+
+
+def _always(condition: str, leaves: Mapping[int, _Sized]) -> bool:
+    """Whether a condition holds at any sizes of these names; symbols that differ are unequal to sympy, which proves nothing."""
+    met = [leaves[int(leaf)].sizes[int(axis)] for leaf, axis in re.findall(_SIZE, condition) if int(leaf) in leaves]
+    numbers = all(isinstance(size, int) for size in met)
+    try:
+        return (numbers or not re.search(r"!=|\bnot\b|\bNe\b", condition)) and holds(condition, leaves)
+    except (TypeError, KeyError):  # undecided
+        return False
 
 
 def name_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
@@ -116,10 +154,13 @@ def fields(spec: Any) -> Iterator[str]:
     if spec.is_leaf():
         yield ""
         return
-    for index in range(spec.num_children):
-        child = _names(spec)[index]
-        for rest in fields(spec.child(index)):
-            yield f"{child}_{rest}" if rest else child
+    for child, tree in zip(_names(spec), spec.children(), strict=True):
+        for rest in fields(tree):
+            yield _join(child, rest)
+
+
+def _join(name: str, rest: str) -> str:
+    return name + rest if not rest or rest.startswith(".") else f"{name}_{rest}"
 
 
 def _names(spec: Any) -> list[str]:
@@ -131,17 +172,49 @@ def _names(spec: Any) -> list[str]:
         context = getattr(context, "_fields", None)
     if isinstance(context, (list, tuple)) and len(context) == spec.num_children:
         return [str(name) for name in context]
-    return [str(i) for i in range(spec.num_children)]
+    return _places(spec) or [str(i) for i in range(spec.num_children)]
+
+
+def _places(spec: Any) -> list[str] | None:
+    """Where the children of an object lie in it, ``.0.key`` for ``.layers[0].keys``; None where it does not show."""
+    if issubclass(spec.type, (tuple, list, dict)) or spec.num_children != spec.num_leaves:
+        return None
+    marks = [object() for _ in range(spec.num_children)]
+    found: dict[int, str] = {}
+    seen: set[int] = set()
+
+    def walk(x: Any, path: str) -> None:
+        if any(x is mark for mark in marks):
+            found.setdefault(id(x), path)
+        elif id(x) not in seen and (isinstance(x, (dict, list, tuple)) or hasattr(x, "__dict__")):
+            seen.add(id(x))
+            if isinstance(x, (dict, list, tuple)):
+                for key, entry in x.items() if isinstance(x, dict) else enumerate(x):
+                    walk(entry, f"{path}.{key}")
+                return
+            for name, entry in vars(x).items():
+                # The parts of an object are told apart by their position alone, its tensors also by their names.
+                parts = isinstance(entry, (list, tuple)) and any(hasattr(part, "__dict__") for part in entry)
+                walk(entry, path if parts else f"{path}.{_SINGULAR.get(name, name)}")
+
+    try:
+        walk(pytree.tree_unflatten(marks, spec), "")
+    except Exception:  # a class that looks at what it is made of
+        return None
+    return [found[id(mark)] for mark in marks] if len(found) == len(marks) else None
+
+
+_SINGULAR = {"keys": "key", "values": "value"}
 
 
 def identifier(name: str) -> str:
     """``name`` as an ONNX identifier.
 
     Example:
-        >>> identifier("past['keys'][0]")
-        'past_keys_0'
+        >>> identifier("past['keys'][0]"), identifier("past.0.key")
+        ('past_keys_0', 'past.0.key')
     """
-    cleaned = re.sub(r"\W+", "_", name).strip("_")
+    cleaned = re.sub(r"[^\w.]+", "_", name).strip("_.")
     return f"_{cleaned}" if not cleaned or cleaned[0].isdigit() else cleaned
 
 

@@ -14,6 +14,7 @@ op, and an op of ours without a row is what it is made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -107,13 +108,40 @@ def _skip(name: str, inputs: int) -> Any:
 
 
 _MICROSOFT = "com.microsoft"
-_ROWS: tuple[tuple[int, str, Callable[..., Any], Translation], ...] = (
-    (23, "", torch.ops.aten.rms_norm.default, rms_norm),
-    (23, "", torch.ops.aten.scaled_dot_product_attention.default, attention),
-    (23, "cuda", tautomer.add_layer_norm.v1, add_layer_norm),
-    (23, "cuda", tautomer.add_rms_norm.v1, add_rms_norm),
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one op becomes ONNX, and what is known of the kernel.
+
+    Attributes:
+        since: the first opset that has the operator.
+        provider: for which provider alone, "" for any.
+        op: the op of torch.
+        translate: writes it.
+        dtypes: the dtypes in which the kernels of ONNX Runtime 1.31 run it; tested for "cpu", documented for "cuda".
+        measured: µs against what it replaces at [1, 128, 768] on one CPU thread, or that it was never measured.
+    """
+
+    since: int
+    provider: str
+    op: Callable[..., Any]
+    translate: Translation
+    dtypes: tuple[torch.dtype, ...]
+    measured: str
+
+
+_WIDE = (torch.float32, torch.float64, torch.float16)
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_NEVER = "never measured here"
+ROWS: tuple[Row, ...] = (
+    Row(23, "", torch.ops.aten.rms_norm.default, rms_norm, _WIDE, "with an Add 52 µs, decomposed 98 µs"),
+    Row(
+        23, "", torch.ops.aten.scaled_dot_product_attention.default, attention, _WIDE, "with transposes 531 µs, decomposed 540 µs"
+    ),
+    Row(23, "cuda", tautomer.add_layer_norm.v1, add_layer_norm, _NARROW, _NEVER),
+    Row(23, "cuda", tautomer.add_rms_norm.v1, add_rms_norm, _NARROW, _NEVER),
 )
-"""Since which opset, for which provider ("" is any), which op, how."""
 
 
 def table(opset: int, provider: str = "cpu") -> dict[Callable[..., Any], Translation]:
@@ -123,4 +151,4 @@ def table(opset: int, provider: str = "cpu") -> dict[Callable[..., Any], Transla
         >>> len(table(18)), len(table(23)), len(table(23, "cuda"))
         (0, 2, 4)
     """
-    return {op: row for since, only, op, row in _ROWS if opset >= since and only in ("", provider)}
+    return {row.op: row.translate for row in ROWS if opset >= row.since and row.provider in ("", provider)}

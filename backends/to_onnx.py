@@ -28,8 +28,8 @@ from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import static
 
-from .onnx_check import PROVIDERS, Reference, compare, tensor_outputs
-from .onnx_names import fixed_sizes, name_sizes, name_weights, rename, unsaid
+from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
+from .onnx_names import fixed_sizes, name_sizes, name_weights, named, rename, unsaid
 from .onnx_table import table
 from .to_torch import to_torch
 
@@ -102,7 +102,7 @@ def to_onnx(
         dynamic: leave the sizes free that the capture left free; False fixes the example's.
         check: run the file on ONNX Runtime and compare.
         reference: what to compare with, called like the user's model; by default the program itself.
-        rewrites: the names of the rewrites that were applied, kept in the file's metadata.
+        rewrites: the rewrites that were applied, with their claims, kept in the file's metadata.
 
     Raises:
         UsageError: an argument is wrong, or ``path`` cannot be written; before any work.
@@ -115,10 +115,12 @@ def to_onnx(
     module = _flat(program)
     onnx_program = _translate(program, module, table(opset, provider), opset, dynamic)
     model = onnx_program.model
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
     inputs = [i for i, x in enumerate(program.example) if isinstance(x, Tensor)]
-    outputs = rename(model, program.signature, inputs, tensor_outputs(program))
-    conditions = unsaid(program.signature, dict(zip(inputs, name_sizes(model), strict=True)))
+    signature = named(program.signature)
+    outputs = rename(model, signature, inputs, tensor_outputs(program))
+    conditions = unsaid(signature, dict(zip(inputs, name_sizes(model), strict=True)))
     model.metadata_props["tautomer.conditions"] = ", ".join(conditions)
     model.metadata_props["tautomer.version"] = version("tautomer")
     model.metadata_props["tautomer.rewrites"] = ", ".join(rewrites)
@@ -126,12 +128,33 @@ def to_onnx(
     with tempfile.TemporaryDirectory(prefix=".tautomer-", dir=target.parent) as folder:
         file = Path(folder) / target.name
         onnx_program.save(file)
-        error, sizes = compare(program, file, provider, dynamic, reference, outputs) if check else (None, ())
+        blame = first_difference(onnx_program, values, Path(folder) / "every_value.onnx", provider, tolerance(program))
+        error, sizes = compare(program, file, provider, dynamic, reference, outputs, blame) if check else (None, ())
         files = sorted(Path(folder).iterdir(), key=lambda x: x.name == target.name)
         total = sum(x.stat().st_size for x in files)
-        for written in files:
-            os.replace(written, target.parent / written.name)
+        _move(files, target.parent)
     return OnnxReport(target, opset, provider, dict(nodes), total, error, sizes, conditions)
+
+
+def _move(files: Sequence[Path], folder: Path) -> None:
+    """Put ``files`` into ``folder``, all or none: weights beside a file are part of it."""
+    if len(files) == 1:
+        os.replace(files[0], folder / files[0].name)  # at no moment without the old file
+        return
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for file in files:
+            target, aside = folder / file.name, file.with_name(f"{file.name}.before")
+            if target.exists():
+                os.replace(target, aside)
+            moved.append((target, aside))
+            os.replace(file, target)
+    except BaseException:
+        for target, aside in moved:
+            target.unlink(missing_ok=True)
+            if aside.exists():
+                os.replace(aside, target)
+        raise
 
 
 # -- before any work ------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Application:
         source: the user's source line, if known.
         note: what is worth saying about this application, or "".
         error: the worst relative error measured in float64 on the rewritten region, None if it was not checked alone.
+        claim: the name of what the rewrite promises, "algebraic".
     """
 
     rewrite: str
@@ -49,6 +50,7 @@ class Application:
     source: str | None = None
     note: str = ""
     error: float | None = None
+    claim: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ class Context:
         """Record an application at ``node`` and spend its fuel."""
         if self.fuel is not None:
             self.fuel -= 1
-        self.log.applications.append(Application(rewrite.name, identify(rewrite, node), source_of(node), note, error))
+        self.log.applications.append(
+            Application(rewrite.name, identify(rewrite, node), source_of(node), note, error, rewrite.claim.name)
+        )
 
     def refused(self, rewrite: Pass, node: fx.Node, reason: str) -> None:
         """Record a refusal at ``node``; the same refusal is recorded once."""

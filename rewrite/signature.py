@@ -157,7 +157,7 @@ class Signature:
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
 
-def holds(condition: str, leaves: Sequence[Any]) -> bool:
+def holds(condition: str, leaves: Sequence[Any] | Mapping[int, Any]) -> bool:
     """Whether a condition over ``leaves`` is true of these inputs; it is false where it cannot be asked.
 
     Example:

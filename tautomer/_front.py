@@ -330,7 +330,7 @@ def export_onnx(
     """
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     report = getattr(model, "report", None)
-    rewrites = tuple(dict.fromkeys(a.rewrite for a in report.applications)) if isinstance(report, Report) else ()
+    rewrites = tuple(dict.fromkeys(f"{a.rewrite} ({a.claim})" for a in report.applications)) if isinstance(report, Report) else ()
     return to_onnx(
         program, path, provider=provider, opset=opset, dynamic=dynamic_shapes != "static", check=check, rewrites=rewrites
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from tautomer.backends import onnx_table
 from tautomer.backends.onnx_check import compare, open_session, tensor_outputs, tolerance
 from tautomer.backends.to_onnx import to_onnx
 from tautomer.rewrite.capture import capture
@@ -59,3 +62,28 @@ def test_outputs_that_are_no_tensors_are_left_out():
             return x + 1, None, 3, x * 2
 
     assert tensor_outputs(program(Mixed())) == [0, 3]
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x.sin(), (8,)).cos() * 2
+
+
+def test_the_first_op_that_disagrees_is_named(tmp_path, monkeypatch):
+    def half(input, normalized_shape, weight=None, eps=None):
+        return onnx_table.opset23.Mul(rms_norm(input, normalized_shape, weight, eps), onnx_table.opset23.CastLike(0.5, input))
+
+    rms_norm = onnx_table.rms_norm
+    row, *others = onnx_table.ROWS
+    monkeypatch.setattr(onnx_table, "ROWS", (replace(row, translate=half), *others))
+    with pytest.raises(
+        ExportError, match=r"on 'output'.*first op that disagrees is aten\.rms_norm \('rms_norm', Mul in the file\)"
+    ):
+        to_onnx(program(Net()), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_the_graph_is_told_from_a_wrong_file(tmp_path):
+    with pytest.raises(ExportError, match="every op of the file agrees with the captured graph"):
+        to_onnx(program(Net()), tmp_path / "m.onnx", reference=lambda x: Net()(x) * 1.1)
+    assert not list(tmp_path.iterdir())

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+import onnxscript.optimizer
 import pytest
 import torch
 from torch import nn
+from torch.onnx import ONNXProgram
 from transformers import RwkvConfig, RwkvModel
 from zoo.models import ZOO
 
@@ -153,8 +155,6 @@ def test_unchecked_is_said(tmp_path):
 
 
 def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
-    from torch.onnx import ONNXProgram
-
     save = ONNXProgram.save
     monkeypatch.setattr(ONNXProgram, "save", lambda self, path: save(self, path, external_data=True))
     report = to_onnx(program(), tmp_path / "net.onnx")
@@ -264,3 +264,93 @@ def test_hugging_face(family, dynamic, tmp_path):
     report = to_onnx(capture(model, (), inputs), tmp_path / "m.onnx", dynamic=dynamic, reference=model)
     assert report.error is not None and report.error <= 1e-4
     assert len(report.sizes) == (2 if dynamic else 1)
+
+
+def failing(function, at=1):
+    """``function`` until its call number ``at``, which fails as a full disk does; what it wrote by then stays."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise OSError("no space left on device")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def cut_short(save):
+    def call(self, path, **options):
+        save(self, path, **options)
+        path.write_bytes(path.read_bytes()[:100])
+        raise OSError("no space left on device")
+
+    return call
+
+
+STEPS = {
+    "emit": lambda p: p.setattr(module, "to_torch", failing(module.to_torch)),
+    "export": lambda p: p.setattr(torch.export, "export", failing(torch.export.export)),
+    "translate": lambda p: p.setattr(torch.onnx, "export", failing(torch.onnx.export)),
+    "optimise": lambda p: p.setattr(onnxscript.optimizer, "optimize", failing(onnxscript.optimizer.optimize)),
+    "name": lambda p: p.setattr(module, "rename", failing(module.rename)),
+    "save": lambda p: p.setattr(ONNXProgram, "save", cut_short(ONNXProgram.save)),
+    "load": lambda p: p.setattr(onnxruntime, "InferenceSession", failing(onnxruntime.InferenceSession)),
+    "check": lambda p: p.setattr(module, "compare", failing(module.compare)),
+    "move": lambda p: p.setattr(os, "replace", failing(os.replace)),
+}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_leaves_what_was_there(step, there, tmp_path, monkeypatch):
+    if there:
+        (tmp_path / "net.onnx").write_bytes(b"what was there")
+    captured = program()
+    STEPS[step](monkeypatch)
+    with pytest.raises((OSError, ExportError), match="no space left on device"):
+        to_onnx(captured, tmp_path / "net.onnx")
+    assert leftovers(tmp_path) == (["net.onnx"] if there else [])
+    assert not there or (tmp_path / "net.onnx").read_bytes() == b"what was there"
+
+
+@pytest.mark.parametrize(("there", "at"), [(False, 1), (False, 2), (True, 1), (True, 2), (True, 3), (True, 4)])
+def test_file_and_weights_are_moved_together(there, at, tmp_path, monkeypatch):
+    # Without weights of its own beside it an old file would read the new ones.
+    save, names = ONNXProgram.save, ["net.onnx", "net.onnx.data"]
+    if there:
+        for name in names:
+            (tmp_path / name).write_bytes(name.encode())
+    monkeypatch.setattr(ONNXProgram, "save", lambda self, path: save(self, path, external_data=True))
+    monkeypatch.setattr(os, "replace", failing(os.replace, at))
+    with pytest.raises(OSError, match="no space left on device"):
+        to_onnx(program(), tmp_path / "net.onnx", check=False)
+    assert leftovers(tmp_path) == (names if there else [])
+    assert all((tmp_path / name).read_bytes() == name.encode() for name in names if there)
+
+
+class Block(nn.Module):
+    """What a decoder is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.up, self.down = nn.RMSNorm(8), nn.Linear(8, 24), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return x + self.down(nn.functional.gelu(self.up(nn.functional.layer_norm(x, (8,)))))
+
+
+@pytest.mark.parametrize("opset", [18, 23, 24])
+def test_a_block_in_float16(opset, tmp_path):
+    torch.manual_seed(0)
+    report = to_onnx(capture(Block().eval().half(), (X.half(),)), tmp_path / "m.onnx", opset=opset)
+    assert report.error is not None and report.error <= 5e-3 and report.nodes.get("Attention", 0) == (opset >= 23)
+
+
+def test_a_block_in_bfloat16_names_the_op_without_a_kernel(tmp_path):
+    captured = capture(Block().eval().bfloat16(), (X.bfloat16(),))
+    with pytest.raises(ExportError, match=r"no cpu kernel for \w+ of these dtypes.*try: model\.float\(\).*kernel for bfloat16"):
+        to_onnx(captured, tmp_path / "m.onnx")
+    assert leftovers(tmp_path) == []

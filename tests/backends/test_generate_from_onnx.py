@@ -1,0 +1,67 @@
+"""A decoder exported with its cache generates from the file what PyTorch generates, with one file for prompt and steps."""
+
+from __future__ import annotations
+
+import numpy
+import onnxruntime
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tautomer.backends.to_onnx import to_onnx
+from tautomer.rewrite.capture import capture
+
+NEW = 50
+TOKENS = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **TOKENS))
+
+
+def llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=128, **TOKENS))
+
+
+def generate(session, tokens, masked):
+    """Greedy tokens from an empty cache, and the smallest distance between the best two logits of a step."""
+    empty = {x.name: numpy.zeros([1, x.shape[1], 0, x.shape[3]], "float32") for x in session.get_inputs() if "past" in x.name}
+    names = [x.name for x in session.get_outputs()]
+    feed, seen, margins = {"input_ids": tokens, **empty}, tokens, []
+    for _ in range(NEW):
+        if masked:
+            feed["attention_mask"] = numpy.ones_like(seen)
+        found = dict(zip(names, session.run(None, feed), strict=True))
+        last = found["logits"][0, -1]
+        second, best = numpy.sort(last)[-2:]
+        margins.append(best - second)
+        token = last.argmax().reshape(1, 1)
+        seen = numpy.concatenate([seen, token], 1)
+        feed = {"input_ids": token, **{name: found[name.replace("past_key_values", "present")] for name in empty}}
+    return seen, min(margins)
+
+
+@pytest.mark.parametrize(("make", "masked"), [(gpt2, False), (llama, True)])
+def test_the_file_generates_what_pytorch_generates(make, masked, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        cache = model(torch.randint(1, 101, (2, 5)), use_cache=True).past_key_values
+    call = {"input_ids": torch.randint(1, 101, (2, 3)), "past_key_values": cache, "use_cache": True}
+    if masked:
+        call["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
+    report = to_onnx(capture(model, (), call), tmp_path / "m.onnx", reference=model)
+    assert report.error is not None and report.error <= 1e-5 and report.nodes["Attention"] == 2
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    cached = [f"{{}}.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    assert {x.name for x in session.get_inputs()} - {"input_ids", "attention_mask"} == {
+        x.format("past_key_values") for x in cached
+    }
+    assert [x.name for x in session.get_outputs()] == ["logits", *(x.format("present") for x in cached)]
+
+    prompt = torch.randint(1, 101, (1, 4))
+    found, margin = generate(session, prompt.numpy(), masked)
+    expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+    assert margin > 1e-5  # no tie decides
+    assert found.tolist() == expected.tolist()
