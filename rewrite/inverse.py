@@ -186,7 +186,8 @@ def _centred(expression: Apply) -> Expression | None:
 def _solve_affine(expression: Apply, value: Tensor, wanted: frozenset[str], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``solve`` through the largest expression inside by which alone ``expression`` reads what is wanted, and affinely."""
     inside = [x for x in inside_out(expression)[-2::-1] if wanted.intersection(leaves(x))]
-    for inner in (*inside, *map(Leaf, sorted(wanted))):
+    candidates: list[Expression] = [*inside, *map(Leaf, sorted(wanted))]
+    for inner in candidates:
         f = _replaced(expression, inner, _HOLE)
         if wanted.isdisjoint(leaves(f)) and (answer := _nearest(f, value, inner, old)) is not None:
             try:
@@ -218,7 +219,10 @@ def _replaced(expression: Expression, old: Expression, new: Expression) -> Expre
 def _nearest(f: Expression, value: Tensor, inner: Expression, old: Mapping[str, Tensor]) -> Tensor | None:
     """X nearest to what ``inner`` was with f(X) = ``value``; None if f is not affine, or never that value."""
     x = evaluate(inner, old.__getitem__).detach()
-    at = lambda x: evaluate(f, lambda name: x if name == _HOLE.name else old[name])  # noqa: E731
+
+    def at(x: Tensor) -> Tensor:
+        return evaluate(f, lambda name: x if name == _HOLE.name else old[name])
+
     with torch.enable_grad():
         now = at(point := x.clone().requires_grad_())
         if now.shape != value.shape or not now.requires_grad:

@@ -273,7 +273,7 @@ def kept_as_written(
     """The bytes that the backward of the user's own forward keeps; None if it reads values, which fake tensors do not have."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    state = {name: mode.from_tensor(tensor) for name, tensor in named}
+    state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in named}
     fake_args, fake_kwargs = pytree.tree_map(lambda x: _fake(mode, x), (tuple(args), dict(kwargs)))
     owned = {storage_key(tensor) for tensor in state.values()}
     kept: dict[int, Any] = {}
@@ -292,4 +292,4 @@ def kept_as_written(
                 functional_call(model, state, fake_args, fake_kwargs)
         except Exception:
             return None
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in owned)
+    return sum(int(storage.nbytes()) for key, storage in kept.items() if key not in owned)

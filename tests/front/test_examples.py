@@ -19,7 +19,7 @@ SAYS = {
         "a low rank is kept",
     ],
     "03_why_did_it_not_fire.py": [
-        "then wanted sqrt(add(…)) at norm",
+        "wanted sqrt(add(…))",
         "return x / (size + 1e-6) * self.gain",
         "0.79788456 is not sqrt(2/pi) but 1.0e-09",
         "is also read by aten.tanh",

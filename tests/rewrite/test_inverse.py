@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator
 from typing import Any
@@ -104,7 +105,8 @@ for module in pkgutil.walk_packages(tautomer.passes.__path__, "tautomer.passes."
 
 def kinds(base: type[Rule]) -> Iterator[type[Rule]]:
     for kind in base.__subclasses__():
-        yield kind
+        if not inspect.isabstract(kind):
+            yield kind
         yield from kinds(kind)
 
 
