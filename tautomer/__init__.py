@@ -25,7 +25,6 @@ from ._front import (
     optimize,
     optimize_parts,
     save,
-    saved_tensors,
     verify,
 )
 from ._inplace import Rewriting, optimize_
@@ -51,6 +50,5 @@ __all__ = [
     "replay",
     "save",
     "save_form",
-    "saved_tensors",
     "verify",
 ]
