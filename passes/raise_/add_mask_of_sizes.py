@@ -40,7 +40,7 @@ class AddMaskOfSizes(Pass):
             biases = _biases(node) if node.target in _FILLS else None
             if biases is None:
                 continue
-            keeps = node.target is aten.where.ScalarOther
+            keeps = node.target in _KEEPS
             low: Any = node.args[2]
             scores, mask = (node.args[1], node.args[0]) if keeps else node.args[:2]
             if scores.target in ZEROS:  # type: ignore[union-attr]
@@ -59,7 +59,8 @@ class AddMaskOfSizes(Pass):
                 program.replace(node, op.node(op.add(scores, bias)))
 
 
-_FILLS = {aten.where.ScalarOther, aten.masked_fill.Scalar}
+_KEEPS = {aten.where.ScalarOther, aten.where.self}
+_FILLS = _KEEPS | {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
 def _biases(node: fx.Node) -> list[fx.Node] | None:

@@ -113,7 +113,8 @@ def test_a_band_reads():
 def test_a_mask_may_say_what_it_drops():
     masks, node = masks_of(lambda m, ids, other: offset(ids) > 0)
     assert masks.band(node, keeps=False).causal and masks.band(node, keeps=False).keeps_own
-    assert not masks.band(node).keeps_own
+    with pytest.raises(Refused, match="keeps nothing"):
+        masks.band(node)
 
 
 @pytest.mark.parametrize(("band", "own"), [((None, 0), True), ((3, 0), True), ((None, -1), False), ((-1, None), False)])
