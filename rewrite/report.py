@@ -129,9 +129,9 @@ class Report:
     def _refused(self) -> Table:
         table = Table("did not fire", "times", "why", box=None, pad_edge=True)
         for (name, reason), count in Counter((r.rewrite, r.reason.partition("\n")[0]) for r in self.refusals).items():
-            table.add_row(name, str(count), reason)
+            table.add_row(name, str(count), Text(reason))  # a shape in brackets is no markup
         for miss in self.log.misses:
-            table.add_row(miss.rule, "–", f"nearest miss: {miss.sentence}")
+            table.add_row(miss.rule, "–", Text(f"nearest miss: {miss.sentence}"))
         return table
 
     def _measured(self) -> list[str]:

@@ -59,7 +59,7 @@ class Rule(Equation):
         apply_rules((self,), program, context)
 
 
-_ALIKE = 2
+_ALIKE = 3
 """How many ops, and half of the pattern, must match before a report calls something a near miss."""
 _LOOKS = 16
 """At how many places it looks for one."""

@@ -32,7 +32,10 @@ NEAR_MISSES = {
     "merged as well": lambda k, b, n: k[:, :, None].expand(b, 4, 3, n, 8).reshape(b, 12 * n, 8),
     "two axes stretched": lambda k, b, n: k[:, :1, None].expand(b, 2, 3, n, 8).reshape(b, 6, n, 8),
     "as often as it is long": lambda k, b, n: k[:, :, None].expand(b, 4, n, n, 8).reshape(b, 4 * n, n, 8),
-    "another merge of the same number": lambda k, b, n: k[:, :, None].expand(b, 4, 3, n, 8).reshape(b, 3, 4, n, 8).reshape(b, 12, n, 8)
+    "another merge of the same number": lambda k, b, n: k[:, :, None]
+    .expand(b, 4, 3, n, 8)
+    .reshape(b, 3, 4, n, 8)
+    .reshape(b, 12, n, 8)
     + k[:, :, None].expand(b, 4, 3, n, 8).transpose(1, 2).reshape(b, 12, n, 8),
 }  # fmt: skip
 
