@@ -175,7 +175,6 @@ def test_a_copy_is_rewritten_too_and_independent(model: nn.Module, through: str)
     assert model.norm.weight.all()
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_it_compiles_and_a_second_run_changes_nothing(model: nn.Module) -> None:
     rewrite(model)
     assert torch.allclose(torch.compile(model, fullgraph=True, backend="aot_eager")(X), model(X))

@@ -84,8 +84,6 @@ def test_a_folder_and_a_file_keep_the_numbers(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.zoo
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # what inductor imports
 @pytest.mark.parametrize("name", OPS)
 def test_inductor_keeps_the_numbers(name: str) -> None:
     model, fast = raised(name)

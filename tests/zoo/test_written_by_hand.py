@@ -272,7 +272,6 @@ RAISED: dict[type[nn.Module], tuple[str, float | None, int]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
 @pytest.mark.parametrize("kind", RAISED, ids=lambda kind: kind.__name__)
 def test_raised_and_equal(kind):
     form, scale, norms = RAISED[kind]
@@ -290,8 +289,6 @@ def test_raised_and_equal(kind):
         torch.testing.assert_close(compiled(X), done.model(X), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # what inductor imports
 @pytest.mark.parametrize("kind", [BothScaled, Qwen], ids=lambda kind: kind.__name__)
 def test_equal_in_inductor(kind):
     done = Raised(kind(), X, passes=RAISE)

@@ -103,7 +103,6 @@ class Grouped(nn.Module):
         return (scores.softmax(-1) @ expanded(v, 3)).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")  # what the tests ask for, torch warns of
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_after_compiling(raised, backend):
     done = raised(Grouped(), X)
