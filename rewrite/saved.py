@@ -263,7 +263,8 @@ def _alike(tensors: Sequence[SavedTensor]) -> dict[tuple[str, ...], list[SavedTe
         where = re.sub(r"(?<![^.])\d+(?![^.])", "*", x.path)
         made = f"{where}/{x.made_by}".strip("/") or x.node
         tensor = f"{show(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-        rows.setdefault((made, tensor, x.kind, ", ".join(dict.fromkeys(x.readers)), x.source or ""), []).append(x)
+        source = re.sub(r"^.*?([^/\\]+:\d+: )", r"\1", x.source or "")
+        rows.setdefault((made, tensor, x.kind, ", ".join(dict.fromkeys(x.readers)), source), []).append(x)
     return rows
 
 
