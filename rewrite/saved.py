@@ -151,8 +151,8 @@ class _Watch(Interpretation):
     def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
         super().__init__(program, None, weights.__getitem__)
         self.node: fx.Node = program.output
-        self.alive: list[Any] = []  # a storage that is freed could pass its identity on
-        self.owned = {self.key(weight) for weight in weights.values()}
+        self.owned = {storage_key(weight) for weight in weights.values()}
+        # The tensors stay alive: a storage that is freed could pass its identity on.
         self.made: dict[int, tuple[fx.Node, Kind, str, Tensor]] = {}
         self.needed: dict[int, dict[fx.Node, None]] = {}
 
@@ -164,29 +164,25 @@ class _Watch(Interpretation):
         self.node = node
         return super().step(node)
 
-    def key(self, tensor: Tensor) -> int:
-        self.alive.append(tensor.untyped_storage())
-        return storage_key(tensor)
-
     def kernel(self, op: Any, args: Sequence[Any], result: Any) -> Any:
         """A kernel has run inside the current node; what it made may be the node's value, which ``value`` finds out."""
         result = _as_computed(op, args, result)
         kind: Kind = "cast" if op is aten._to_copy.default else "inside"
         for tensor in _tensors(result):
-            self.made.setdefault(self.key(tensor), (self.node, kind, op._schema.name.replace("::", "."), tensor))
+            self.made.setdefault(storage_key(tensor), (self.node, kind, op._schema.name.replace("::", "."), tensor))
         return result
 
     def value(self, node: fx.Node, value: Any) -> None:
         kind: Kind = "input" if node.op == "placeholder" else "value"
         for tensor in _tensors(value):
-            key = self.key(tensor)
+            key = storage_key(tensor)
             if node.op == "get_attr":
                 self.owned.add(key)  # statistics that the graph writes: a copy of the user's
             elif key not in self.made or self.made[key][0] is node:
                 self.made[key] = (node, kind, target_name(node) if node.op == "call_function" else "", tensor)
 
     def pack(self, tensor: Tensor) -> Tensor:
-        key = self.key(tensor)
+        key = storage_key(tensor)
         if key not in self.owned:
             self.made.setdefault(key, (self.node, "inside", target_name(self.node), tensor))
             self.needed.setdefault(key, {})[self.node] = None
