@@ -18,6 +18,7 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.expected import expected
 from tautomer.rewrite.interpret import written
 from tautomer.rewrite.program import Program
+from tautomer.rewrite.weights import Weights
 
 from .live_weights import compute_edits
 from .rewritten import Body, Rewritten
@@ -47,10 +48,7 @@ def to_torch(program: Program) -> Rewritten:
 
     Example: ``fast = to_torch(capture(model, args)); fast(*args)``
     """
-    graph = program.copy().graph
-    if program.weights.live:
-        compute_edits(graph, program.weights)
-    reshape_views(graph)
+    graph = as_run(program).graph
     for unread in [node for node in graph.find_nodes(op="get_attr") if not node.users]:
         graph.erase_node(unread)
     module = Rewritten(graph, program.signature, expected(program), program.mode)
@@ -58,6 +56,16 @@ def to_torch(program: Program) -> Rewritten:
     furnish(module, stored(program), program.regions, {"": root, **program.training})
     module._edits = program.weights.edits()
     return module
+
+
+def as_run(program: Program) -> Program:
+    """``program`` as its module runs it, over the weights that the module holds: live edits are calls, views are reshapes."""
+    twin = program.copy()
+    if twin.weights.live:
+        compute_edits(twin.graph, twin.weights)
+        twin.weights = Weights(twin.weights.leaves, twin.weights.emitted())
+    reshape_views(twin.graph)
+    return twin
 
 
 def reshape_views(graph: fx.Graph) -> None:

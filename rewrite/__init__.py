@@ -73,6 +73,7 @@ Facts for rewrites of a whole program:
     selection.py    Which rewrites to apply together: a minimum cut
     dominators.py   The smallest part of a program with one way in and one way out
     residual.py     The residual streams of a program: how wide, who writes them, who reads them
+    saved.py        What the backward keeps of the forward, by storage, and which nodes need it
     streams.py      The mean of a residual stream: who writes it, who would notice its absence
 
 Running them:

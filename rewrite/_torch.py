@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "KernelObserver",
     "OperatorObserver",
     "ShapeEnv",
     "autocast_region",
@@ -121,3 +122,17 @@ class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if isinstance(tensor, torch.Tensor):
                         self.before(tensor)
         return func(*args, **kwargs)
+
+
+class KernelObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows ``after`` every kernel that runs, arguments and result: what a composite op or autocast is made of.
+
+    ``after`` returns the result that the caller gets.
+    """
+
+    def __init__(self, after: Callable[[Any, Sequence[Any], Any], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.after = after
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.after(func, args, func(*args, **(kwargs or {})))

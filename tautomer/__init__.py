@@ -25,6 +25,7 @@ from ._front import (
     optimize,
     optimize_parts,
     save,
+    saved_tensors,
     verify,
 )
 from ._inplace import Rewriting, optimize_
@@ -50,5 +51,6 @@ __all__ = [
     "replay",
     "save",
     "save_form",
+    "saved_tensors",
     "verify",
 ]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -133,6 +134,21 @@ def draw(
             subject = tautomer.optimize(subject, loaded.args, loaded.kwargs, target=target, progress=tell)
         written = tautomer.draw(subject, path, loaded.args, loaded.kwargs, at=at)
     _show(f"drawn in {written}", {"path": str(written)}, as_json)
+
+
+@app.command()
+def saved(
+    model: Spec,
+    mode: Annotated[str, typer.Option(help="train, eval, or auto for the mode the model is in")] = "train",
+    autocast: Annotated[str | None, typer.Option(help="bfloat16 or float16: run in mixed precision")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the backward keeps of the forward, and which nodes need it."""
+    loaded = load_model(model)
+    with _progress(as_json):
+        dtype: Any = getattr(torch, autocast, autocast) if autocast else None
+        found = tautomer.saved_tensors(loaded.model, loaded.args, loaded.kwargs, autocast=dtype, mode=mode)
+    _show(found, dataclasses.asdict(found), as_json)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from tautomer.backends.measure import measure
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
 from tautomer.backends.to_onnx import OnnxReport, to_onnx
-from tautomer.backends.to_torch import to_torch
+from tautomer.backends.to_torch import as_run, to_torch
 from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Recipe
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.calibration import Data
@@ -36,6 +36,8 @@ from tautomer.rewrite.pipeline import Outcome, run_passes
 from tautomer.rewrite.program import Program, path_of
 from tautomer.rewrite.report import Report, Size, Timing
 from tautomer.rewrite.rules import Rule, nearest_miss
+from tautomer.rewrite.saved import SavedTensors, kept_as_written
+from tautomer.rewrite.saved import saved_tensors as saved_by
 from tautomer.rewrite.target import Target
 
 from ._parts import assemble, merge
@@ -392,6 +394,74 @@ def draw(
     except OSError as failure:
         raise UsageError(f"{file} cannot be written: {failure.strerror}") from failure
     return file
+
+
+def saved_tensors(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    mode: str = "train",
+) -> SavedTensors:
+    """What the backward of one call keeps of its forward: every storage, which node made it, which nodes need it.
+
+    To the byte what ``torch.autograd.graph.saved_tensors_hooks`` sees when the captured program runs, each storage once,
+    without parameters and buffers. Nothing is computed and no memory is needed: the graph runs on fake tensors. What
+    requires a gradient is what says so: freeze parameters first.
+
+    Args:
+        model: a module, rewritten or not, or a program.
+        args, kwargs: one example call, whose sizes count; a rewritten module or a program has its own.
+        autocast: ``torch.bfloat16`` or ``torch.float16``: as mixed-precision training runs it, casts included.
+        mode: as of ``capture``.
+
+    Raises:
+        UsageError: ``autocast`` is no 16-bit float, or a rewritten module computes another mode alone.
+        CaptureError: see ``capture``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> saved = saved_tensors(model, (torch.randn(10, 8),))
+        >>> saved.bytes, saved.by_need
+        (2880, {('aten.linear',): 1600, ('aten.gelu',): 1280})
+        >>> saved.freed(["gelu"])
+        1280
+    """
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise UsageError(f"autocast is torch.bfloat16, torch.float16 or None, not {autocast!r}")
+    given = kwargs or {}
+    if isinstance(model, Rewritten) and model.program is not None:
+        program = _in_mode(model, mode)
+        held = dict(model.named_parameters(remove_duplicate=False))
+        inputs = program.signature.bind(args, given) if args or given else None
+        return saved_by(program, inputs, trains=lambda name: name in held and held[name].requires_grad, autocast=autocast)
+    program = as_run(capture(model, args, kwargs, dynamic_shapes=None, mode=mode))
+    inputs = program.signature.bind(args, given) if args or given else None
+    saved = saved_by(program, inputs, autocast=autocast)
+    if not isinstance(model, nn.Module):
+        return saved
+    written = kept_as_written(model, args, given, training=program.mode == "train", autocast=autocast)
+    if written is None or written == saved.bytes:
+        return saved
+    note = (
+        f"the forward as it is written keeps {written:,} bytes: the captured graph is in canonical form, without "
+        "torch.utils.checkpoint and autograd.Function, and with the dtypes it was captured with"
+    )
+    return replace(saved, notes=(*saved.notes, note))
+
+
+def _in_mode(module: Rewritten, mode: str) -> Program:
+    """The program that a rewritten module runs, in a mode."""
+    program = as_run(module.program)
+    wanted = module.training if mode in ("auto", "both") else mode == "train"
+    if program.mode != "both" and (program.mode == "train") != wanted:
+        raise UsageError(
+            f"{program.name} was captured in {program.mode} mode and computes that alone", hint=f'mode="{program.mode}"'
+        )
+    flags = {path: module.get_submodule(path).training for path in program.training}
+    program.training = flags if module.training == wanted else dict.fromkeys(flags, wanted)
+    return program
 
 
 @dataclass(frozen=True)

@@ -48,3 +48,11 @@ def test_the_page_about_graphs_runs(tmp_path, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)
     assert "× 12" in (tmp_path / "model.svg").read_text() and "relu" in (tmp_path / "block.svg").read_text()
+
+
+def test_the_page_about_memory_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page, names = (ROOT / "docs/memory.md").read_text(), {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert "the backward keeps 12,960 bytes" in capsys.readouterr().out

@@ -157,3 +157,12 @@ def test_a_traceback_only_with_debug(folder: Path) -> None:
             capture_output=True, text=True, cwd=folder, env=environment, check=False,
         )  # fmt: skip
         assert done.returncode == 1 and ("Traceback" in done.stderr) is shown
+
+
+def test_saved(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(monkeypatch, capsys, "saved", "mine:make")
+    assert code == 0 and "the backward keeps 192 bytes in 5 tensors" in out and "aten.layer_norm" in out
+    code, out, _ = run(monkeypatch, capsys, "saved", "mine:make", "--autocast", "bfloat16", "--json")
+    assert code == 0 and any(tensor["kind"] == "cast" for tensor in json.loads(out)["tensors"])
+    code, _, err = run(monkeypatch, capsys, "saved", "mine:make", "--autocast", "float8")
+    assert code == 1 and "autocast is torch.bfloat16, torch.float16 or None, not 'float8'" in err

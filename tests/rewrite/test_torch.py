@@ -107,6 +107,13 @@ def test_operator_observer():
     assert len(seen) == 1 and torch.equal(seen[0], torch.zeros(2))
 
 
+def test_kernel_observer():
+    seen = []
+    with _torch.KernelObserver(lambda op, args, result: seen.append(op._schema.name) or result):
+        torch.nn.functional.dropout(torch.ones(3), 0.5)
+    assert "aten::bernoulli_" in seen
+
+
 def test_pytree_and_fake_tensor(exported):
     assert _torch.pytree.tree_leaves([1, (2, None)]) == [1, 2, None]
     assert isinstance(next(n for n in exported.graph.nodes if n.name == "x").meta["val"], _torch.FakeTensor)
