@@ -29,6 +29,7 @@ One vocabulary, and emission in it:
 
 From a model to a program:
 
+    functions.py    What ``torch.export`` makes of an ``autograd.Function``: its forward
     record.py       One eager run of the user's model, which leaves the model as it was
     build.py        An exported program becomes a ``Program``
     functional.py   In-place calls become functional where nothing else sees the memory

@@ -19,9 +19,10 @@ from ._torch import guards_of
 from .build import build
 from .canonical import canonicalize
 from .errors import CaptureError, Refused, UsageError
-from .example import Call, agrees, answer, call_of, resized, trials_of
+from .example import Call, agrees, answer, call_of, differentiates, functions_of, resized, trials_of
 from .export import PREFIX, Sizes, automatic_sizes, export, given_sizes
 from .functional import functionalize
+from .functions import defined
 from .interpret import written
 from .modes import merge
 from .program import Program
@@ -163,7 +164,9 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
             f"{type(call.model).__name__} would not see it",
             hint=f"write it in place: self.{min(lost)}.copy_(…)",
         )
-    best.notes = [*_notes(call), *_size_notes(best, call, dynamic_shapes)]
+    if (both or call.model.training) and not differentiates(best, call):
+        raise _lost_backward(call)
+    best.notes = [*_notes(best, call), *_size_notes(best, call, dynamic_shapes)]
     return best
 
 
@@ -255,11 +258,14 @@ def _fixed(program: Program) -> Iterator[str]:
 # -- what the report says -------------------------------------------------------------------------------------
 
 
-def _notes(call: Call) -> Iterator[str]:
+def _notes(program: Program, call: Call) -> Iterator[str]:
     for effect in call.recording.effects:
         yield f"the forward changes {effect}; the program does not"
     if call.recording.remembers:
         yield f"{type(call.model).__name__} keeps state between calls; the program computes what the first call does"
+    if not call.model.training and defined() and (names := functions_of(call)) and not differentiates(program, call):
+        for name in names:
+            yield f"the backward of '{name}' is not part of the program: its gradients are those of its forward"
     for path, module in call.model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             yield f"the backward hooks of '{path or type(module).__name__}' are not part of the program"
@@ -275,6 +281,18 @@ def _size_notes(program: Program, call: Call, dynamic_shapes: Any) -> Iterator[s
         for dim in size:
             if static(value.shape[dim]) is not None:
                 yield f"dimension {dim} of '{name}' is fixed to {value.shape[dim]}"
+
+
+def _lost_backward(call: Call) -> CaptureError:
+    name, line = next(iter(functions_of(call).items()), (None, None))
+    suspect = (
+        f"the backward of '{name}'" if name else "hooks on gradients, and the readers of a weight that is written under no_grad"
+    )
+    return CaptureError(
+        f"the captured graph does not have the gradients of {type(call.model).__name__}: torch.export drops {suspect}",
+        where=line,
+        hint="torch.library.custom_op with register_autograd, which a graph keeps; model.eval() if it is only run",
+    )
 
 
 def _wrong(call: Call) -> CaptureError:

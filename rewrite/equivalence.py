@@ -18,8 +18,7 @@ from torch import Tensor, fx
 
 from .claims import Claim
 from .errors import ClaimBroken, UsageError
-from .evidence import GRADIENT, ROUNDING, Evidence, errors_against, floating, magnitude, relative_error
-from .gradients import FLOOR
+from .evidence import FLOOR, GRADIENT, ROUNDING, Evidence, errors_against, floating, magnitude, relative_error
 from .interpret import interpret
 from .program import Program, arguments
 from .samples import Sample, as_given, samples

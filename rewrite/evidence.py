@@ -17,6 +17,9 @@ FORWARD = 1e-12
 GRADIENT = 1e-10
 """The same for gradients, which sum over every position."""
 
+FLOOR = 1e-3
+"""A gradient far below the largest is compared on this share of it: it is a difference of terms of that size."""
+
 ROUNDING = 64
 """In the user's own dtype a rewritten program may err twice as much as the original did, plus this many roundings."""
 

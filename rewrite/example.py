@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from ._torch import pytree
 from .errors import CaptureError, UsageError
+from .evidence import FLOOR, magnitude
 from .export import user_line
+from .functions import applied
 from .interpret import interpret
 from .program import Program
 from .record import (
@@ -271,8 +273,60 @@ def agrees(program: Program, trial: Trial) -> bool | None:
     return len(outputs) == len(trial.reference) and all(map(_close, outputs, trial.reference))
 
 
-def _close(a: Any, b: Any) -> bool:
-    """Equal, or for floating numbers equal in half of their digits, measured by the largest of them."""
+def differentiates(program: Program, call: Call) -> bool:
+    """Whether the program has the gradients of the model, at the example; a model that has none has nothing to lose.
+
+    They are compared as ``agrees`` compares outputs, and on a share of the largest: one far below is a difference of such terms.
+    """
+    training = True if program.mode == "both" else None
+    leaves = [_differentiable(leaf) for leaf in call.leaves]
+    wanted = [x for x in (*call.model.parameters(), *leaves) if isinstance(x, Tensor) and x.requires_grad]
+    args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
+    with undisturbed(call.model) as snapshot, snapshot.guarding(), call.in_mode(training), silence():
+        theirs = _gradients(lambda: pytree.tree_leaves(call.model(*args, **kwargs)), wanted)
+    if theirs is None:
+        return True
+    flags = dict(program.training)
+    try:
+        if training is not None:
+            program.training = dict.fromkeys(flags, training)
+        with undisturbed(nn.Module()), silence():
+            ours = _gradients(lambda: interpret(program, program.signature.bind(args, kwargs)), wanted)
+    finally:
+        program.training = flags
+    floor = FLOOR * max(map(magnitude, theirs), default=0.0)
+    return ours is not None and all(_close(a, b, floor) for a, b in zip(ours, theirs, strict=True))
+
+
+def functions_of(call: Call) -> dict[str, str | None]:
+    """The ``autograd.Function`` classes that the model applies, and the line of their backward."""
+    args, kwargs = pytree.tree_unflatten([_differentiable(leaf) for leaf in call.leaves], call.in_spec)
+    with undisturbed(call.model) as snapshot, snapshot.guarding(), silence(), contextlib.suppress(Exception):
+        seed_generators()
+        return applied(pytree.tree_leaves(call.model(*args, **kwargs)))
+    return {}
+
+
+def _differentiable(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _gradients(run: Callable[[], Sequence[Any]], wanted: Sequence[Tensor]) -> list[Tensor] | None:
+    """The gradients of a random combination of the outputs, zero where nothing depends; None if they cannot be had."""
+    try:
+        seed_generators()
+        outputs = [y for y in run() if isinstance(y, Tensor) and y.requires_grad]
+        if not outputs or not wanted:
+            return [torch.zeros_like(x) for x in wanted]
+        seed_generators()
+        found = torch.autograd.grad(outputs, wanted, [torch.randn_like(y) for y in outputs], allow_unused=True)
+    except Exception:
+        return None
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]
+
+
+def _close(a: Any, b: Any, floor: float = 0.0) -> bool:
+    """Equal, or for floating numbers equal in half of their digits, measured by the largest of them, or by ``floor``."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
@@ -280,7 +334,7 @@ def _close(a: Any, b: Any) -> bool:
     if torch.equal(a, b) or not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = math.sqrt(torch.finfo(a.dtype).eps)
-    scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+    scale = max(magnitude(b), floor)
     return torch.allclose(a.double(), b.double(), rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 

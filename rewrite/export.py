@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ._torch import oblivious_sizes, pytree
 from .errors import CaptureError, UsageError
+from .functions import without_checkpoints
 from .record import clone_leaves, silence, undisturbed
 
 PREFIX = "model"
@@ -50,7 +51,8 @@ def export(
         CaptureError: with the user's line and what to try.
     """
     shapes = (tuple(sizes),) if any(size is not None for size in sizes) else None
-    with undisturbed(model), silence(), oblivious_sizes() if oblivious else contextlib.nullcontext():
+    sizing = oblivious_sizes() if oblivious else contextlib.nullcontext()
+    with undisturbed(model), silence(), sizing, without_checkpoints():
         try:
             inputs = tuple(clone_leaves(list(leaves)))
             return torch.export.export(Flat(model, in_spec), inputs, strict=False, dynamic_shapes=shapes)

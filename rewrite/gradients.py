@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ._torch import storage_key
 from .blocks import Block, blocks, structure
-from .evidence import magnitude, relative_error
+from .evidence import FLOOR, magnitude, relative_error
 from .expressions import digest
 from .interpret import Interpretation, written
 from .program import Program
@@ -27,10 +27,6 @@ from .weights import Expression, evaluate, leaves
 
 _LARGE = 4_000_000
 """A weight with more entries that no rewrite edited is held constant: its reader is the same node on both sides."""
-
-
-FLOOR = 1e-3
-"""A gradient far below the block's largest is compared on this share of it: it is a difference of terms of that size."""
 
 
 def compare_gradients(old: Program, new: Program, values: Mapping[str, Any]) -> tuple[float, int, list[str]]:

@@ -342,7 +342,7 @@ class Restless(nn.Module):
 def test_the_model_is_what_it_was(failure, mode):
     model = Restless(failure)
     model.norm.eval()
-    model.linear.weight.requires_grad_(False)
+    model.linear.requires_grad_(False)  # what is written under no_grad would lose its gradient
     handle = model.linear.register_forward_pre_hook(lambda module, args: None)
     torch.manual_seed(3)
     before = state(model)
