@@ -12,6 +12,7 @@ from torch import fx
 
 from ._torch import erased
 from .errors import require
+from .interpret import writes
 from .metadata import Metadata, difference, refresh
 from .ops import OPS, is_pure, normal
 from .program import target_name
@@ -72,11 +73,15 @@ def dying(roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Erase those of ``nodes`` that nobody reads, and what nobody reads after that. Inputs and effects stay."""
+    """Erase those of ``nodes`` that nobody reads, and what nobody reads after that. Inputs and effects stay.
+
+    Others stand for ``nodes`` now, and draw the random numbers that these drew: those that draw go too.
+    """
     gone, stack = [], list(nodes)
+    replaced = {node for node in stack if node.op == "call_function" and not writes(node)}
     while stack:
         node = stack.pop()
-        if not node.users and not erased(node) and removable(node):
+        if not node.users and not erased(node) and (removable(node) or node in replaced):
             stack += node.all_input_nodes
             graph.erase_node(node)
             gone.append(node)

@@ -214,6 +214,31 @@ def test_residual_dropout_is_centred_after_when_asked_to() -> None:
         torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
 
 
+class DroppedAttention(nn.Module):
+    """The queries are scaled by hand, the weights are dropped out by the kernel, and so is what comes after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.dropout = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        p = 0.2 if self.training else 0.0
+        y = F.scaled_dot_product_attention(q * 0.5, k, v, dropout_p=p, scale=1.0)
+        return self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_a_rewritten_attention_draws_what_the_original_drew() -> None:
+    model, x = DroppedAttention(), torch.randn(3, 5, 8)
+    fast = tautomer.optimize(model, (x,), recipe="training")
+    assert fast.report.fired("absorb-attention-scale") == 1
+    assert len(fast.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)) == 1
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(fast(x), expected)
+
+
 def test_an_unknown_treatment_of_dropout_is_refused() -> None:
     with pytest.raises(UsageError, match="dropout"):
         Training(dropout="ignore")  # type: ignore[arg-type]
