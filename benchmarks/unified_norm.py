@@ -9,6 +9,7 @@ that was not trained on; none can be below 0.565.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -154,12 +155,15 @@ def main() -> None:
                 train(model, 150, 1e-3, 20 + seed)
                 name = f"{make.__name__}, {'layer by layer' if sequential else 'one pass'}"
                 enter(table, name, moved, before, soon, loss(model, unseen))
-    print("| calibration | outputs moved | loss | after 50 steps | after 200 steps |\n|---|---|---|---|---|")
-    for name, rows in table.items():
-        print(f"| {name} | " + " | ".join(f"{x:.3f}" for x in torch.tensor(rows).mean(0).tolist()) + " |")
-    print("\n| trained from scratch | loss in training mode | at inference |\n|---|---|---|")
-    for name, rows in fresh.items():
-        print(f"| {name} | " + " | ".join(f"{x:.3f}" for x in torch.tensor(rows).mean(0).tolist()) + " |")
+
+    def show(title: str, rows: dict[str, list[list[float]]]) -> None:
+        print(title)
+        for name, figures in rows.items():
+            means = torch.tensor(figures).mean(0).tolist()
+            print(f"| {name} | " + " | ".join("–" if math.isnan(x) else f"{x:.3f}" for x in means) + " |")
+
+    show("| calibration | outputs moved | loss | after 50 steps | after 200 steps |\n|---|---|---|---|---|", table)
+    show("\n| trained from scratch | loss in training mode | at inference |\n|---|---|---|", fresh)
 
 
 if __name__ == "__main__":
