@@ -1,0 +1,236 @@
+"""The text of the written module: imports, semantic ops, classes, how it is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from tautomer.rewrite.shapes import key, static
+
+from .python_classes import Class, Classes, type_of
+from .python_code import WIDTH, Code, Instance, Number, Part, Var, wrapped
+from .python_function import LOOP, Function, Loop, Statement
+from .python_names import Names
+from .python_ops import SEMANTIC_NAMES
+
+
+class Text:
+    """The classes of a model as lines of Python.
+
+    Args:
+        sizes: the names of the free sizes.
+        root: the lines of ``forward`` of the whole model: its head, what comes before the body, and what it returns.
+    """
+
+    def __init__(self, classes: Classes, sizes: Mapping[Hashable, str], root: Root) -> None:
+        self.classes, self.sizes, self.root = classes, sizes, root
+        self.by_number = {c.number: c for c in classes}
+        self.reserved = {c.name for c in classes} | set(SEMANTIC_NAMES)
+
+    def lines(self, cls: Class) -> list[str]:
+        slots = iter([cls.slots.get(index) for index in range(len(cls.numbers[0]))])
+        names = self._names(cls)
+        made = [self._text(text, None, slots) for text in cls.made]
+        lines = [f"class {cls.name}({cls.base}):", *self._doc(cls)]
+        lines += [f"    {name}: Tensor" for name in _buffers(made)]
+        if _buffers(made):
+            lines.append("")
+        types = {name: "float" if any(isinstance(v, float) for v in values) else "int" for name, values in cls.arguments}
+        if made or cls.arguments:
+            head = ", ".join(["self", *(f"{name}: {kind}" for name, kind in types.items())])
+            lines += wrapped(f"def __init__({head}) -> None:", 4)
+            starts = [] if made and made[0].startswith("super()") else ["super().__init__()"]
+            lines += [line for text in [*starts, *made] for line in wrapped(text, 8)]
+        if cls.function is not None:
+            lines += ["", *self._forward(cls, cls.function, names, slots)] if lines[-1] else self._forward(cls, cls.function, names, slots)
+        return lines
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    def _names(self, cls: Class) -> Names | None:
+        if cls.function is None:
+            return None
+        reserved = self.reserved | {name for name, _ in cls.arguments}
+        return Names(cls.function, self.root.given if cls.path == "" else {}, self.sizes, reserved)
+
+    def _text(self, text: Code, names: Names | None, slots: Iterator[str | None], loop: str = "") -> str:
+        shown = list[str]()
+        for part in text.parts:
+            if isinstance(part, Instance):
+                inner = self.by_number[part.number]
+                chosen = dict[str, str]()
+                for column, x in enumerate(part.numbers):
+                    value = x if isinstance(x, str) else next(slots) or repr(x.value)
+                    if column in inner.slots:
+                        chosen.setdefault(inner.slots[column], value)
+                shown.append(f"{inner.name}({', '.join(chosen[name] for name, _ in inner.arguments)})")
+            elif isinstance(part, Number):
+                shown.append(self._slot(next(slots), names) or repr(part.value))
+            elif isinstance(part, Var):
+                assert names is not None
+                shown.append(loop if part == LOOP else names[part.value])
+            else:
+                shown.append(part)
+        return "".join(shown)
+
+    def _slot(self, name: str | None, names: Names | None) -> str | None:
+        return name if name is None or names is None else f"self.{name}"
+
+    def _doc(self, cls: Class) -> list[str]:
+        if cls.path == "":
+            return wrapped_doc(self.root.doc, 4)
+        if cls.function is None:
+            return [f'    """The weights of ``{cls.path}``, read by the module around it."""', ""]
+        many = len(cls.numbers)
+        where = cls.path if many == 1 else f"{_general(self._paths(cls))} ({many} of them)"
+        return [f'    """{where}."""', ""]
+
+    def _paths(self, cls: Class) -> list[str]:
+        return [path for path, (found, _) in self.classes.instances.items() if found is cls]
+
+    def _forward(self, cls: Class, function: Function, names: Names | None, slots: Iterator[str | None]) -> list[str]:
+        assert names is not None
+        if cls.path == "":
+            lines = [*self.root.head]
+            body = [*wrapped_all(self.root.before, 8), *self._body(function, names, slots)]
+            final = self.root.result({**{v: names[v] for v in names.names}, **_last(function, names)})
+            previous = body[-1] if body else ""
+            match = re.fullmatch(r"        (\w+) = (.*)", previous)
+            if match and final == f"return {match[1]}":
+                body[-1:] = wrapped(f"return {match[2]}", 8)
+                return lines + body
+            return lines + body + wrapped(final, 8)
+        args = ", ".join(["self", *(f"{names[x]}: {type_of(x)}" for x in function.inputs)])
+        outputs = [type_of(x) for x in function.outputs]
+        kind = "None" if not outputs else outputs[0] if len(outputs) == 1 else f"tuple[{', '.join(outputs)}]"
+        lines = wrapped(f"def forward({args}) -> {kind}:", 4)
+        shapes = self._shapes(cls, function, names)
+        lines += [f'        """{shapes}"""'] if shapes and len(shapes) < WIDTH - 14 else []
+        lines += self._body(function, names, slots)
+        if function.result is not None:
+            lines += wrapped(f"return {self._text(function.result, names, slots)}", 8)
+        return lines
+
+    def _shapes(self, cls: Class, function: Function, names: Names) -> str:
+        if cls.arguments:
+            return ""
+        given = [self._shape(x) for x in function.inputs if isinstance(x.meta.get("val"), Tensor)]
+        made = [self._shape(x) for x in function.outputs if isinstance(x.meta.get("val"), Tensor)]
+        if not given or not made or None in given or None in made:
+            return ""
+        shown = [f"{names[x]}: {s}" for x, s in zip(function.inputs, given, strict=False)] if len(given) == len(function.inputs) else []
+        return f"{', '.join(shown)} → {', '.join(map(str, made))}" if shown else ""
+
+    def _shape(self, node: fx.Node) -> str | None:
+        sizes = list[str]()
+        for size in node.meta["val"].shape:
+            fixed = static(size)
+            name = str(fixed) if fixed is not None else self.sizes.get(key(size))
+            if name is None:
+                return None
+            sizes.append(name)
+        return f"[{', '.join(sizes)}]"
+
+    def _body(self, function: Function, names: Names, slots: Iterator[str | None]) -> list[str]:
+        lines = list[str]()
+        for part in function.body:
+            if isinstance(part, Loop):
+                for copied, old in names.copies.get(id(part), ()):
+                    lines.append(f"        {copied} = {names[old]}")
+                variable = _loop_name(part.path, {*names.names.values(), *self.reserved})
+                span = "" if part.whole else f"[{part.start or ''}:{part.stop}]"
+                owner = "self" + "".join(f"[{p}]" if p.isdigit() else f".{p}" for p in part.path.split(".") if p)
+                lines.append(f"        for {variable} in {owner}{span}:")
+                for statement in part.body:
+                    lines += wrapped(self._statement(statement, names, slots, variable), 12)
+            else:
+                lines += wrapped(self._statement(part, names, slots), 8)
+        return lines
+
+    def _statement(self, statement: Statement, names: Names, slots: Iterator[str | None], loop: str = "") -> str:
+        value = self._text(statement.value, names, slots, loop)
+        if not statement.targets:
+            return value
+        targets = ", ".join("_" if t is None else names[t] for t in statement.targets)
+        return f"{targets}{',' if statement.spread and len(statement.targets) == 1 else ''} = {value}"
+
+
+class Root:
+    """What is said of the whole model: how it is called and what it returns.
+
+    Attributes:
+        given: the names of the flat inputs.
+        doc: its docstring.
+        head: the lines of ``def forward``.
+        before: statements that come first.
+    """
+
+    given: Mapping[fx.Node, str]
+    doc: str
+    head: list[str]
+    before: list[str]
+
+    def result(self, names: Mapping[Any, str]) -> str:
+        raise NotImplementedError
+
+
+def _last(function: Function, names: Names) -> dict[Hashable, str]:
+    """The names of the values that a loop leaves behind."""
+    return {
+        value: names[kept]
+        for part in function.body
+        if isinstance(part, Loop)
+        for value, kept in part.last.items()
+        if kept in names.names
+    }
+
+
+def _buffers(made: Iterable[str]) -> list[str]:
+    return [found[1] for line in made if (found := re.match(r'self\.register_buffer\("(\w+)"', line))]
+
+
+def _loop_name(path: str, taken: set[str]) -> str:
+    last = [p for p in path.split(".") if p and not p.isdigit()][-1:] or ["module"]
+    singular = {"layers": "layer", "blocks": "block", "h": "block", "stages": "stage", "encoder": "layer", "features": "feature"}
+    name = singular.get(last[0], last[0].removesuffix("s") if last[0].endswith("s") else last[0])
+    while name in taken or not name.isidentifier():
+        name = "block" if name != "block" and "block" not in taken else f"{name}_"
+    return name
+
+
+def _general(paths: list[str]) -> str:
+    """``h.*.attn`` for ``h.0.attn`` and ``h.1.attn``."""
+    parts = [path.split(".") for path in paths]
+    if len({len(p) for p in parts}) > 1:
+        return f"{paths[0]}, {paths[1]}" + (", …" if len(paths) > 2 else "")
+    return ".".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
+
+
+def wrapped_all(lines: Iterable[str], indent: int) -> list[str]:
+    return [line for text in lines for line in wrapped(text, indent)]
+
+
+def wrapped_doc(text: str, indent: int) -> list[str]:
+    """A docstring, its lines as long as the page allows."""
+    pad = " " * indent
+    first, *rest = text.strip().splitlines()
+    lines = [f'{pad}"""{first}']
+    for line in rest:
+        deep = len(line) - len(line.lstrip())
+        lines += textwrap.wrap(line, WIDTH - indent, initial_indent=pad, subsequent_indent=pad + " " * (deep + 2)) if line else [""]
+    if len(lines) == 1:
+        return [f'{lines[0]}"""', ""]
+    return [*lines, f'{pad}"""', ""]
+
+
+def semantic(used: Iterable[str]) -> list[str]:
+    """The functions of the semantic ops that a text uses, as their library has them."""
+    lines = list[str]()
+    for name in used:
+        lines += ["", "", *inspect.getsource(SEMANTIC_NAMES[name].body).rstrip().splitlines()]
+    return lines
