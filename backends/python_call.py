@@ -145,7 +145,7 @@ class Called:
                 self.notes.append(f"Only for sizes with {self.program.signature.describe(condition)}.")
                 continue
             opposite = _opposite(text)
-            found.append([f"if {opposite}:", f'    raise ValueError("{text} must hold")'])
+            found.append([f"if {opposite}:", f'    raise ValueError("{_inside(text)} must hold")'])
         for index, node in enumerate(self.placeholders):
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or not node.users:
@@ -153,16 +153,15 @@ class Called:
             axes = {i: size for i, s in enumerate(value.shape) if (size := static(s)) is not None} | fixed.get(index, {})
             if not axes:
                 continue
-            text, rank = self.given[node], value.dim()
-            last = sorted(axes)
+            text, rank, last = self.given[node], value.dim(), sorted(axes)
             if last == list(range(last[0], rank)) and rank - last[0] > 1:
                 start = "" if last[0] == 0 else f"[{last[0]}:]"
-                wanted = ", ".join(str(axes[i]) for i in last)
-                found.append([f"if {text}.shape{start} != ({wanted}):", f'    raise ValueError(f"{_inside(text)} has shape {{tuple({text}.shape)}}")'])
-                continue
-            for axis in last:
-                found.append([f"if {text}.shape[{axis}] != {axes[axis]}:", f'    raise ValueError(f"{_inside(text)} has shape {{tuple({text}.shape)}}")'])
-        return [[line.replace("\\", "") for line in pair] for pair in found]
+                wrong = f"{text}.shape{start} != ({', '.join(str(axes[i]) for i in last)})"
+            else:
+                wrong = " or ".join(f"{text}.shape[{axis}] != {axes[axis]}" for axis in last)
+            shape = ", ".join(str(axes[i]) if i in axes else self.sizes.get(key(s), "*") for i, s in enumerate(value.shape))
+            found.append([f"if {wrong}:", f'    raise ValueError("{_inside(text)} must have shape [{shape}]")'])
+        return found
 
     # -- output -----------------------------------------------------------------------------------------------
 

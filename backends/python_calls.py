@@ -190,6 +190,10 @@ def _place(graph: Graph, owner: dict[fx.Node, Call], root: Call) -> None:
         if not node.meta.get("nn_module_stack") and node not in graph.layers and len(readers) == len(node.users) and readers:
             owner[node] = _common(readers)
     for node in graph.steps:
+        call = owner[node]
+        if call.parent is not None and node.target in _VIEWS and _first(graph, node, owner, call):
+            owner[node] = call.parent
+    for node in graph.steps:
         if node in graph.ordered or any(user.target is operator.getitem for user in node.users):
             continue
         readers = [owner[user] if user in owner else root for user in node.users]
@@ -197,6 +201,17 @@ def _place(graph: Graph, owner: dict[fx.Node, Call], root: Call) -> None:
         known = all(owner[x] in wanted.above for x in _operands(graph, node) if x in owner)
         if wanted is not owner[node] and known and not graph.layers.get(node) and not _reads_own(node, owner[node]):
             owner[node] = wanted
+
+
+_VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default}
+
+
+def _first(graph: Graph, node: fx.Node, owner: dict[fx.Node, Call], call: Call) -> bool:
+    """Whether a view of its input is what a module without submodules begins with: its caller may as well hand it in."""
+    x = node.args[0]
+    outside = isinstance(x, fx.Node) and x in owner and owner[x] is not call and call.parent in owner[x].above
+    alone = not any(other is not call and call in other.above for other in set(owner.values()))
+    return outside and alone and not any(owner.get(user) is call for user in x.users if user is not node)  # type: ignore[union-attr]
 
 
 def _reads_own(node: fx.Node, call: Call) -> bool:

@@ -44,7 +44,7 @@ keys, results = list(module.state_dict()), []
 for mode in about["modes"]:
     module.train(mode)
     for inputs, cotangents in about["runs"]:
-        inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        inputs = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
         module.zero_grad()
         torch.manual_seed(0)
         result = module(CALL)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .python_calls import SEQUENTIAL, Call
-from .python_code import Code, Instance, Number, Part, Var, call, code, number, plain, tuple_of
+from .python_code import Code, Instance, Number, Option, Part, Var, call, code, number, plain, tuple_of
 from .python_function import Function, Functions, Loop, Statement, attribute
 from .python_layers import Layer, activation
 from .python_names import TAKEN
@@ -170,13 +170,13 @@ class Classes:
             base = "nn.Sequential"
             made.append(call("super().__init__", *self._members(module)))
             if module.calls and module.calls[0].kind == SEQUENTIAL and self.sequential(module.calls[0]) is not None and module.path == "":
-                functions = functions[:1]
+                functions = []
         made += [] if base == "nn.Sequential" else self._assignments(module)
         made += self._ties(module) + self._frozen(module)
         keys = {(_template(made, function, base)) for function in functions} or {_template(made, None, base)}
         if len(keys) > 1:
             raise Split(module.path)
-        if module.path == "" and functions:
+        if module.path == "":
             keys = {("root",)}
         numbers = tuple(n for text in _texts(made, functions[0] if functions else None) for n in _numbers(text))
         wanted = _class_name(kind, module.path, self.functions.root.kind)
@@ -206,7 +206,8 @@ class Classes:
         tensor = weight.tensor
         dtype = {} if tensor.dtype == torch.float32 else {"dtype": plain(str(tensor.dtype))}
         maker = "torch.empty" if tensor.dim() and tensor.is_floating_point() else "torch.zeros"
-        sizes = [number(int(n), "width") for n in tensor.shape] or [plain("()")]
+        roles = ("width",) if tensor.dim() == 1 else ("rows", "columns") if tensor.dim() == 2 else ("size",) * tensor.dim()
+        sizes = [number(int(n), role) for n, role in zip(tensor.shape, roles, strict=True)] or [plain("()")]
         empty = call(maker, *sizes, **dtype)
         if weight.kind == "parameter":
             return code(f"self.{last} = nn.Parameter(", empty, ")")
@@ -346,12 +347,12 @@ def camel(text: str) -> str:
 def _class_name(kind: str, path: str, root: str) -> str:
     module, _, name = kind.rpartition(".")
     if not name or name in ("Sequential", "ModuleList"):
-        last = [p for p in path.split(".") if not p.isdigit()][-1:]
-        name = camel(last[0]) if last else "Model"
+        last = [p for p in path.split(".") if p and not p.isdigit()][-1:]
+        name = camel(last[0]) if last else "Block" if path else "Model"
         return f"{name}Weights" if not kind and path else name
     name = re.sub(r"\W", "", name.rpartition(">")[2] or name)
     if path and module.startswith("torch.nn"):
-        return f"Edited{name}"
+        return name if name == "MultiheadAttention" else f"Edited{name}"
     return name if name.isidentifier() else "Model"
 
 
@@ -382,7 +383,10 @@ def _texts(made: list[Code], function: Function | None) -> Iterator[Code]:
 def _numbers(text: Code) -> list[Number]:
     found = list[Number | str]()
     for part in text.parts:
-        found.extend([part] if isinstance(part, Number) else part.numbers if isinstance(part, Instance) else [])
+        if isinstance(part, (Number, Option)):
+            found.append(part if isinstance(part, Number) else part.number)
+        elif isinstance(part, Instance):
+            found.extend(part.numbers)
     return [x for x in found if isinstance(x, Number)]
 
 
@@ -390,6 +394,8 @@ def _filled(part: Part, shown: Iterator[Number | str]) -> Part:
     """A part with other numbers, or names, in the place of its own."""
     if isinstance(part, Number):
         return next(shown)
+    if isinstance(part, Option):
+        return replace(part, number=next(shown))
     if isinstance(part, Instance):
         return replace(part, numbers=tuple(next(shown) if isinstance(x, Number) else x for x in part.numbers))
     return part
@@ -398,6 +404,8 @@ def _filled(part: Part, shown: Iterator[Number | str]) -> Part:
 def _opened(part: Part) -> Hashable:
     if isinstance(part, Number):
         return "#"
+    if isinstance(part, Option):
+        return "#", part.name
     return (part.number, tuple(x if isinstance(x, str) else "#" for x in part.numbers)) if isinstance(part, Instance) else part
 
 

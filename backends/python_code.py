@@ -43,7 +43,16 @@ class Instance:
     numbers: tuple[Number | str, ...]
 
 
-Part = str | Var | Number | Instance
+@dataclass(frozen=True)
+class Option:
+    """``, name=number``, left out where the number is the default."""
+
+    name: str
+    number: Number | str
+    default: int
+
+
+Part = str | Var | Number | Instance | Option
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,8 @@ def tuple_of(pieces: list[Code]) -> Code:
 def binary(left: Code, sign: str, right: Code, level: int) -> Code:
     """``left sign right``; only a chain from the left needs no parentheses, and a comparison has no chain."""
     first = level + 1 if level in (COMPARE, POWER) else level
+    if sign == "**" and all(x.cost == 0 and x.level >= UNARY for x in (left, right)):
+        return code(within(left, ATOM), sign, within(right, UNARY), level=level)
     return code(within(left, first), f" {sign} ", within(right, level + 1), level=level)
 
 

@@ -29,6 +29,9 @@ from .python_ops import SEMANTIC_NAMES, express
 MOST = 5
 """How many operations a statement has at most, unless it is one call."""
 
+LONGEST = 70
+"""How many characters are written inside one call, about."""
+
 aten = torch.ops.aten
 Index = tuple[str, int]
 """A numbered module: the path of its list, its number."""
@@ -266,6 +269,8 @@ class _Writer:
             reads.update([x for x in self.graph.program.output.all_input_nodes] * 2)
         self.reads = reads
         self.effects = [i for i, item in enumerate(self.items) if self._effect(item)]
+        self.hot = [self._hot(item) for item in self.items]
+        self.within: dict[fx.Node, set[int]] = {}
         for position, item in enumerate(self.items):
             self._write(position, item)
         body = [self.statements[i] for i in sorted(self.statements)]
@@ -328,8 +333,9 @@ class _Writer:
             used = ()
         self.statements[position] = Statement(used, value, index, spread=len(targets) > 1)
         effect = position if self._effect(item) else effect
+        members = {position, *(i for x in inlined for i in self.within[x])}
         for x in targets:
-            self.where[x] = position
+            self.where[x], self.within[x] = position, members
             if effect >= 0:
                 self.last_effect[x] = effect
         if len(targets) == 1 and self.reads[targets[0]] == 1 and not _named(item):
@@ -373,7 +379,7 @@ class _Writer:
 
     def _inlined(self, position: int, item: fx.Node | Call, index: Index | None) -> list[fx.Node]:
         """The operands of an item that are written inside it."""
-        found, room = list[fx.Node](), MOST - 1
+        found, room, last, length = list[fx.Node](), MOST - 1, dict[fx.Node, int](), 0
         if isinstance(item, fx.Node) and _wants_names(item):
             room = 1
         for x in self._reads(item):
@@ -383,11 +389,32 @@ class _Writer:
             effect = self.last_effect.get(x)
             blocked = effect is not None and any(effect < i < position for i in self.effects)
             moved = x in self.graph.ordered and x not in self.graph.effects and not isinstance(self.items[self.where[x]], Call)
-            if blocked or moved or piece.cost > room:
+            length += sum(len(part) if isinstance(part, str) else 5 for part in piece.parts)
+            if blocked or moved or piece.cost > room or length > LONGEST or self._crosses(x, position, found, last):
                 continue
             found.append(x)
             room -= piece.cost
         return found
+
+    def _crosses(self, x: fx.Node, position: int, found: list[fx.Node], last: dict[fx.Node, int]) -> bool:
+        """Whether three and more readers of one value would run in another order: their gradients are added in that order."""
+        inside = self.within[x]
+        others = {i for y in found for i in self.within[y]}
+        times = {u: max(i for i in inside if u in self.hot[i]) for i in inside for u in self.hot[i]}
+        first = {u: min(i for i in inside if u in self.hot[i]) for u in times}
+        for u, i in first.items():
+            if any(u in self.hot[k] for k in range(i + 1, position) if k not in inside and k not in others):
+                return True
+            if last.get(u, -1) > i:
+                return True
+        last.update(times)
+        return False
+
+    def _hot(self, item: fx.Node | Call) -> set[fx.Node]:
+        """The values that an item reads and that have three readers and more."""
+        reads = self.all.inside[item] if isinstance(item, Call) else {item}
+        outside = {x for node in reads for x in node.all_input_nodes if x not in reads}
+        return {x for x in outside if len(x.users) > 2}
 
     def _index(self, item: fx.Node | Call) -> Index | None:
         path = item.path if isinstance(item, Call) else self.graph.layers[item].path if item in self.graph.layers else ""

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.program import Program, arguments, path_of, target_name
 
-from .python_code import Code, call, literal, plain
+from .python_code import Code, Number, Option, call, literal, plain
 from .python_ops import collapsed
 
 aten = torch.ops.aten
@@ -58,6 +58,8 @@ class _Search:
     def found(self) -> dict[fx.Node, Layer]:
         layers = dict(self._candidates())
         made: dict[str, set[Code]] = {}
+        home = {layer.path for node, layer in layers.items() if path_of(node) == layer.path}
+        layers = {node: layer for node, layer in layers.items() if path_of(node) == layer.path or layer.path not in home}
         for layer in layers.values():
             made.setdefault(layer.path, set()).add(layer.made)
         return {node: layer for node, layer in layers.items() if len(made[layer.path]) == 1}
@@ -159,11 +161,19 @@ def _conv(kind: str, transposed: bool = False) -> Any:
             value = collapsed(given.get(option, default))
             if not _static(value):
                 return None
-            options[option] = None if value == default else value
+            options[option] = (value, default)
         bias = False if given["bias"] is None else None
-        return Layer(path, search.make(kind, f"{path}.weight", *sizes, **options, bias=bias), given["input"])
+        made = search.make(kind, f"{path}.weight", *sizes, **{n: v for n, (v, _) in options.items() if isinstance(v, (str, tuple))}, bias=bias)
+        plain_ones = [Option(n, Number(v, n), d) for n, (v, d) in options.items() if isinstance(v, int)]
+        return Layer(path, _with(made, plain_ones, 2 * len(sizes)), given["input"])
 
     return maker
+
+
+def _with(made: Code, options: list[Option], position: int) -> Code:
+    """``made`` with options after its sizes."""
+    parts = [*made.parts[:position], *options, *made.parts[position:]]
+    return Code(tuple(parts), made.level, made.cost)
 
 
 def _static(value: Any) -> bool:

@@ -24,6 +24,7 @@ _READERS: dict[str, dict[str, str]] = {
     "rotary": {"cos": "cos", "sin": "sin"},
     "masked_fill": {"mask": "mask"},
     "where": {"condition": "mask"},
+    "embedding": {"indices": "ids"},
 }
 _MAKERS = {
     "scaled_dot_product_attention": "attention", "softmax": "weights", "cos": "cos", "sin": "sin", "arange": "positions",
@@ -53,6 +54,13 @@ def role(node: fx.Node, depth: int = 6) -> str | None:
             if found is not None:
                 return found
     return None
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a value is a view of."""
+    while _op(node) in ("unsqueeze", "expand", "transpose", "reshape", "contiguous") and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def size_names(functions: Functions, inputs: Mapping[fx.Node, str]) -> dict[Hashable, str]:
@@ -119,7 +127,8 @@ class Names:
                 if target in results:
                     old = results[target]
                     start = starts[id(part)]
-                    if last.get(old, -1) > ends[id(part)] or self.names[old] in [self.names[v] for v in self.names if v != old and v in last and last[v] > position]:
+                    foreign = not self.names[old].isidentifier()
+                    if foreign or last.get(old, -1) > ends[id(part)] or self.names[old] in [self.names[v] for v in self.names if v != old and v in last and last[v] > position]:
                         copied = self._fresh(target, [self.names[v] for v in self.names if last.get(v, -1) >= start], False)
                         self.copies.setdefault(id(part), []).append((copied, old))
                         self.names[target] = copied
@@ -154,8 +163,9 @@ class Names:
                 found = str(value.target).rpartition(".")[2]
             if found is None and given and _op(value) in ("cos", "sin"):
                 found = _op(value)
-            if found is None and not given:
-                found = _MAKERS.get(_op(value))
+            made = _MAKERS.get(_op(_source(value)))
+            if made is not None and (not given or made == "positions"):
+                found = made if found in (None, "ids") else found
             if found is None and isinstance(shown, Tensor):
                 if shown.dtype == torch.bool:
                     found = "mask"
@@ -186,4 +196,5 @@ def _attribute(text: Code | None) -> str | None:
     if found is None:
         return None
     name = re.sub(r"(_proj|_layer|_module|\d+)$", "", found[1].lower())
-    return name if name.isidentifier() and len(name) > 1 and not keyword.iskeyword(name) else None
+    dull = name in ("linear", "conv", "fc", "dense", "proj", "out") or hasattr(Tensor, name)
+    return name if name.isidentifier() and len(name) > 1 and not keyword.iskeyword(name) and not dull else None

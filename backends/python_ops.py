@@ -312,7 +312,7 @@ def _attention(node: fx.Node, given: Given, spell: Spell) -> Code | None:
     if given["is_causal"]:
         options["is_causal"] = spell(given["is_causal"])
     if given["scale"] is not None and not _usual_scale(given["query"], given["scale"]):
-        options["scale"] = spell(given["scale"], "scale")
+        options["scale"] = _scale(given["query"], given["scale"], spell)
     if given["enable_gqa"]:
         options["enable_gqa"] = spell(given["enable_gqa"])
     operands = [spell(given[name]) for name in ("query", "key", "value")]
@@ -323,6 +323,14 @@ def _usual_scale(query: Any, scale: Any) -> bool:
     value = query.meta.get("val")
     width = None if value is None else static(value.shape[-1])
     return width is not None and isinstance(scale, float) and scale == 1.0 / math.sqrt(width)
+
+
+def _scale(query: Any, scale: Any, spell: Spell) -> Code:
+    value = query.meta.get("val")
+    width = None if value is None else static(value.shape[-1])
+    if width is not None and isinstance(scale, float) and scale == width**-0.5:
+        return code(spell(width, "head_width"), "**-0.5", level=POWER, cost=0)
+    return spell(scale, "scale")
 
 
 def _dropout(node: fx.Node, given: Given, spell: Spell) -> Code | None:
@@ -473,6 +481,9 @@ _SPELLINGS: dict[str, Spelling] = {
     "__and__": _infix("&", AND), "bitwise_and": _infix("&", AND), "__or__": _infix("|", OR), "bitwise_or": _infix("|", OR),
     "__xor__": _infix("^", XOR), "bitwise_xor": _infix("^", XOR),
     "select": _select, "slice": _slice, "index": _index, "reshape": _reshape, "view": _reshape, "t": _transpose,
+    "unflatten": lambda node, given, spell: method(
+        spell(given["self"]), "unflatten", spell(given["dim"], "dim"), tuple_of([spell(x, "size") for x in given["sizes"]])
+    ),
     "expand": _sized("expand", "size"), "permute": _sized("permute", "dims"), "repeat": _sized("repeat", "repeats"),
     "to": _to, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "scaled_dot_product_attention": _attention, "dropout": _dropout,

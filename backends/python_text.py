@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from tautomer.rewrite.shapes import key, static
 
 from .python_classes import Class, Classes, type_of
-from .python_code import WIDTH, Code, Instance, Number, Part, Var, wrapped
+from .python_code import WIDTH, Code, Instance, Number, Option, Var, wrapped
 from .python_function import LOOP, Function, Loop, Statement
 from .python_names import Names
 from .python_ops import SEMANTIC_NAMES
@@ -46,6 +46,9 @@ class Text:
             lines += wrapped(f"def __init__({head}) -> None:", 4)
             starts = [] if made and made[0].startswith("super()") else ["super().__init__()"]
             lines += [line for text in [*starts, *made] for line in wrapped(text, 8)]
+        if cls.path == "" and cls.function is None and self.root.before:
+            (name, *_) = self.root.given.values()
+            lines += ["", *self.root.head, *wrapped_all(self.root.before, 8), f"        return super().forward({name})"]
         if cls.function is not None:
             lines += ["", *self._forward(cls, cls.function, names, slots)] if lines[-1] else self._forward(cls, cls.function, names, slots)
         return lines
@@ -69,6 +72,10 @@ class Text:
                     if column in inner.slots:
                         chosen.setdefault(inner.slots[column], value)
                 shown.append(f"{inner.name}({', '.join(chosen[name] for name, _ in inner.arguments)})")
+            elif isinstance(part, Option):
+                slot = part.number if isinstance(part.number, str) else next(slots)
+                value = slot if slot is not None or isinstance(part.number, str) else repr(part.number.value)
+                shown.append("" if value == str(part.default) else f", {part.name}={value}")
             elif isinstance(part, Number):
                 shown.append(self._slot(next(slots), names) or repr(part.value))
             elif isinstance(part, Var):
@@ -87,8 +94,8 @@ class Text:
         if cls.function is None:
             return [f'    """The weights of ``{cls.path}``, read by the module around it."""', ""]
         many = len(cls.numbers)
-        where = cls.path if many == 1 else f"{_general(self._paths(cls))} ({many} of them)"
-        return [f'    """{where}."""', ""]
+        where, times = _general(self._paths(cls)), f", {many} of them" if many > 1 else ""
+        return [f'    """``{where}``{times}."""', ""]
 
     def _paths(self, cls: Class) -> list[str]:
         return [path for path, (found, _) in self.classes.instances.items() if found is cls]
@@ -99,11 +106,10 @@ class Text:
             lines = [*self.root.head]
             body = [*wrapped_all(self.root.before, 8), *self._body(function, names, slots)]
             final = self.root.result({**{v: names[v] for v in names.names}, **_last(function, names)})
-            previous = body[-1] if body else ""
-            match = re.fullmatch(r"        (\w+) = (.*)", previous)
-            if match and final == f"return {match[1]}":
-                body[-1:] = wrapped(f"return {match[2]}", 8)
-                return lines + body
+            found = re.fullmatch(r"        (\w+) = (.*)", body[-1]) if body else None
+            if found and len(re.findall(rf"\b{found[1]}\b(?!=)", final)) == 1 and len(final) + len(found[2]) < WIDTH - 12:
+                body.pop()
+                final = re.sub(rf"\b{found[1]}\b(?!=)", lambda _: found[2], final)
             return lines + body + wrapped(final, 8)
         args = ", ".join(["self", *(f"{names[x]}: {type_of(x)}" for x in function.inputs)])
         outputs = [type_of(x) for x in function.outputs]
@@ -207,7 +213,7 @@ def _general(paths: list[str]) -> str:
     """``h.*.attn`` for ``h.0.attn`` and ``h.1.attn``."""
     parts = [path.split(".") for path in paths]
     if len({len(p) for p in parts}) > 1:
-        return f"{paths[0]}, {paths[1]}" + (", …" if len(paths) > 2 else "")
+        return f"{paths[0]}``, ``{paths[1]}" + ("``, ``…" if len(paths) > 2 else "")
     return ".".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
 
 

@@ -151,7 +151,6 @@ def write(program: Program, emitted: Rewritten, rewrites: Sequence[str] = ()) ->
     weights = {name: Weight(x, "parameter" if isinstance(x, torch.nn.Parameter) else "buffer", name in persistent) for name, x in held.items()}
     ties = _ties(held)
     classes, functions = _classes(graph, weights, ties, twin.training)
-    nodes = {node: name for node, name in zip(twin.placeholders, Called(twin, {}).given.values(), strict=True)} if False else {}
     called = Called(twin, {})
     nodes = {node: re.sub(r"\W+", "_", text).strip("_") for node, text in called.given.items() if isinstance(node.meta.get("val"), Tensor)}
     sizes = size_names(functions, nodes)
@@ -237,7 +236,7 @@ class _Root:
         self.given = called.given
         self.head = wrapped(called.head(), 4)
         self.before = [line for pair in called.guards() for line in pair]
-        self.doc = "\n".join([f"{program.name}, as one call runs it."])
+        self.doc = f"The model: ``model({', '.join(called.parameters)})``."
 
     def result(self, names: Mapping[Any, str]) -> str:
         def value(x: Any) -> str:
@@ -273,7 +272,7 @@ def _module(
 
 
 def _doc(called: Called, program: Program, emitted: Rewritten, rewrites: Sequence[str]) -> list[str]:
-    mode = {"both": "train() and eval() as usual.", "eval": "It computes eval mode alone.", "train": "It computes train mode alone."}
+    mode = {"both": "train() and eval() as usual.", "eval": "Eval mode, whatever train() says.", "train": "Train mode, whatever eval() says."}
     body = [f'"""{program.name}.', "", *wrapped_text("Inputs:"), *(f"    {line}" for line in called.shapes()), ""]
     body += wrapped_text(" ".join([mode[program.mode], *dict.fromkeys(called.notes)]))
     if rewrites:
