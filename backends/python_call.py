@@ -134,7 +134,7 @@ class Called:
     def guards(self) -> list[list[str]]:
         """Statements that refuse the sizes that the model was not captured for: a condition, and what it says."""
         found, fixed = list[list[str]](), dict[int, dict[int, int]]()
-        for condition in self.program.signature.conditions:
+        for condition in _needed(self.program.signature.conditions):
             single = re.fullmatch(r"leaves\[(\d+)\]\.size\(\)\[(\d+)\] == (\d+)", condition)
             if single:
                 fixed.setdefault(int(single[1]), {})[int(single[2])] = int(single[3])
@@ -208,6 +208,33 @@ class Called:
     def result_texts(self) -> list[str]:
         """How the flat outputs are read from what a call returns."""
         return list(self._accesses(self.spec, "result"))
+
+
+_SIZE = re.compile(r"leaves\[\d+\]\.size\(\)\[\d+\]")
+
+
+def _needed(conditions: tuple[str, ...]) -> list[str]:
+    """The conditions without those that hold whenever two of the sizes are equal, which another condition asks for."""
+    equal = dict[str, str]()
+    for condition in conditions:
+        left, _, right = condition.partition(" == ")
+        if _SIZE.fullmatch(left) and _SIZE.fullmatch(right):
+            equal[left] = equal.get(right, right)
+    found = list[str]()
+    for condition in conditions:
+        text = _SIZE.sub(lambda m: equal.get(m[0], m[0]), condition)
+        names = list(dict.fromkeys(_SIZE.findall(text)))
+        plain_text = _SIZE.sub(lambda m: f"size_{names.index(m[0])}", text)
+        single = len(names) == 1 and condition != text and re.fullmatch(r"[\w\s()*+/%=<>-]+", plain_text)
+        trivial = bool(single) and _SIZE.fullmatch(condition.partition(" == ")[0]) is None and _always(plain_text)
+        if not trivial:
+            found.append(condition)
+    return found
+
+
+def _always(text: str) -> bool:
+    """Whether a condition on one size holds at all of its first values."""
+    return all(bool(eval(text, {"size_0": size, "__builtins__": {}})) for size in range(1, 200))
 
 
 def _members(tree: Plain) -> list[tuple[Any, str]]:

@@ -198,7 +198,7 @@ def _place(graph: Graph, owner: dict[fx.Node, Call], root: Call) -> None:
             continue
         readers = [owner[user] if user in owner else root for user in node.users]
         wanted = _common([owner[node], *readers])
-        known = all(owner[x] in wanted.above for x in _operands(graph, node) if x in owner)
+        known = all(_common([owner[x], owner[node]]) in wanted.above for x in _operands(graph, node) if x in owner)
         if wanted is not owner[node] and known and not graph.layers.get(node) and not _reads_own(node, owner[node]):
             owner[node] = wanted
 

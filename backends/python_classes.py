@@ -120,8 +120,20 @@ class Classes:
                     if isinstance(item, fx.Node) and item not in self.functions.graph.layers:
                         _at(root, _stack_path(item)).layer = activation(item)
         for module in root.walk():
+            if module.weights and not module.children and not module.calls and module.layer is None:
+                module.layer = self._twin(root, module)
             module.children = dict(sorted(module.children.items(), key=lambda x: int(x[0]))) if module.numbered else module.children
         return root
+
+    def _twin(self, root: Module, module: Module) -> Code | None:
+        """The layer that has the same tensors under other names: an embedding that two modules share."""
+        for name, first in self.ties.items():
+            if first in module.weights:
+                other = _find(root, name.rpartition(".")[0])
+                pairs = {f"{module.path}.{x.rpartition('.')[2]}": x for x in other.weights}
+                if set(pairs) == set(module.weights) and all(self.ties.get(x) == y for y, x in pairs.items()):
+                    return other.layer
+        return None
 
     def sequential(self, made: Call) -> list[int] | None:
         return sequential(self.functions.graph.layers, made, self.functions.made)
@@ -241,15 +253,18 @@ class Classes:
 
     # -- names ------------------------------------------------------------------------------------------------
 
+    def paths(self, cls: Class) -> list[str]:
+        return [path for path, (found, _) in self.instances.items() if found is cls]
+
     def _name(self) -> None:
         taken = {"Path", "Tensor", *TAKEN}
         order = [*[c for c in self if not c.path], *[c for c in self if c.path]]
         for cls in order:
             name = cls.wanted
             others = [c for c in order if c.wanted == cls.wanted and c is not cls]
-            if name in taken and others:
-                prefix = _difference(cls.path, [c.path for c in others])
-                name = f"{prefix}{cls.wanted}" if prefix else name
+            if others:
+                starts = (f"{part}{cls.wanted}" for part in _different(self.paths(cls), [p for c in others for p in self.paths(c)]))
+                name = name if name not in taken else next((n for n in starts if n not in taken), name)
             number, stem = 2, name
             while name in taken:
                 name, number = f"{stem}{number}", number + 1
@@ -331,13 +346,12 @@ def _meet(a: str, b: str) -> str:
     return ".".join(common)
 
 
-def _difference(path: str, others: list[str]) -> str:
-    """The part of a path that tells it from others, as the start of a class name."""
-    parts = [p for p in path.split(".") if not p.isdigit()]
-    for part in parts:
-        if any(part not in other.split(".") for other in others):
-            return camel(part)
-    return ""
+def _different(paths: list[str], others: list[str]) -> Iterator[str]:
+    """The parts that all paths have and some others do not, as the start of a class name."""
+    for part in paths[0].split("."):
+        shared = all(part in path.split(".") for path in paths)
+        if shared and not part.isdigit() and any(part not in other.split(".") for other in others):
+            yield camel(part)
 
 
 def camel(text: str) -> str:

@@ -81,13 +81,15 @@ class Function:
         inputs: the values it takes.
         outputs: the values it returns.
         body: its statements.
-        result: what it returns, as text.
+        result: what it returns, as text; None for the whole model, whose result is built of ``kept``.
+        kept: the values that are needed after the last statement.
     """
 
     inputs: list[fx.Node]
     outputs: list[fx.Node]
     body: list[Statement | Loop] = field(default_factory=list)
     result: Code | None = None
+    kept: list[Hashable] = field(default_factory=list)
 
 
 LOOP = Var("the module of a loop")
@@ -275,16 +277,18 @@ class _Writer:
             self._write(position, item)
         body = [self.statements[i] for i in sorted(self.statements)]
         self.pending.clear()
-        function = Function(self.inputs, self.outputs, list(_rolled(body, self._later(), self.all.lists, self.call.path)))
+        function = Function(self.inputs, self.outputs, list(_rolled(body, set(self._later()), self.all.lists, self.call.path)))
         if self.call is not self.all.root:
             function.result = self._result(function)
+        replaced = _after(function.body)
+        function.kept = [replaced.get(x, x) for x in self._later()]
         if self.sizes:
             function.body[:0] = self._size_statements()
         return function
 
-    def _later(self) -> set[Hashable]:
+    def _later(self) -> list[fx.Node]:
         outputs = self.graph.program.output.all_input_nodes if self.call is self.all.root else self.outputs
-        return set(outputs)
+        return list(dict.fromkeys(outputs))
 
     def _result(self, function: Function) -> Code | None:
         """What is returned: the last statement's value itself, if it is that alone."""
@@ -380,8 +384,7 @@ class _Writer:
     def _inlined(self, position: int, item: fx.Node | Call, index: Index | None) -> list[fx.Node]:
         """The operands of an item that are written inside it."""
         found, room, last, length = list[fx.Node](), MOST - 1, dict[fx.Node, int](), 0
-        if isinstance(item, fx.Node) and _wants_names(item):
-            room = 1
+        names = isinstance(item, fx.Node) and _wants_names(item)
         for x in self._reads(item):
             piece = self.pending.get(x)
             if piece is None or self.statements[self.where[x]].index != index:
@@ -390,6 +393,8 @@ class _Writer:
             blocked = effect is not None and any(effect < i < position for i in self.effects)
             moved = x in self.graph.ordered and x not in self.graph.effects and not isinstance(self.items[self.where[x]], Call)
             length += sum(len(part) if isinstance(part, str) else 5 for part in piece.parts)
+            if names:
+                room = 0 if _op(item) == "scaled_dot_product_attention" else 1
             if blocked or moved or piece.cost > room or length > LONGEST or self._crosses(x, position, found, last):
                 continue
             found.append(x)
@@ -450,17 +455,17 @@ def _named(item: fx.Node | Call) -> bool:
     """Whether the result has a name of its own even if it is read once."""
     if isinstance(item, Call):
         return False
-    target = item.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.name.split("::")[1] in _NAMED
+    return _op(item) in _NAMED
 
 
 def _wants_names(item: fx.Node) -> bool:
     """Whether the operands are easier to read with names."""
-    target = item.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    name = target._schema.name.split("::")[1]
-    return name == "scaled_dot_product_attention" or (target.namespace == "tautomer" and name.partition(".")[0] in SEMANTIC_NAMES)
+    return _op(item) == "scaled_dot_product_attention" or _op(item).partition(".")[0] in SEMANTIC_NAMES
+
+
+def _op(item: fx.Node | Call) -> str:
+    target = None if isinstance(item, Call) else item.target
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else ""
 
 
 # -- loops -----------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def role(node: fx.Node, depth: int = 6) -> str | None:
 
 def _source(node: fx.Node) -> fx.Node:
     """What a value is a view of."""
-    while _op(node) in ("unsqueeze", "expand", "transpose", "reshape", "contiguous") and isinstance(node.args[0], fx.Node):
+    while _op(node) in ("unsqueeze", "expand", "transpose", "reshape", "contiguous", "slice") and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -112,9 +112,8 @@ class Names:
                     last[v.value] = max(last[v.value], ends[id(part)])
             for _, new in part.carried:
                 last[new] = max(last.get(new, 0), ends[id(part)])
-        if self.function.result is not None:
-            for v in self.function.result.variables:
-                last[v.value] = len(steps)
+        used = [v.value for v in self.function.result.variables] if self.function.result is not None else self.function.kept
+        last.update(dict.fromkeys(used, len(steps)))
         for node in self.function.inputs:
             self.names[node] = self.given[node] if node in self.given else self._fresh(node, self.names.values(), True)
         self.last = last
@@ -166,6 +165,9 @@ class Names:
             made = _MAKERS.get(_op(_source(value)))
             if made is not None and (not given or made == "positions"):
                 found = made if found in (None, "ids") else found
+            source = _source(value)
+            if source.op == "get_attr" and not given and found in (None, "ids"):
+                found = str(source.target).rpartition(".")[2]
             if found is None and isinstance(shown, Tensor):
                 if shown.dtype == torch.bool:
                     found = "mask"

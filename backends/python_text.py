@@ -94,11 +94,8 @@ class Text:
         if cls.function is None:
             return [f'    """The weights of ``{cls.path}``, read by the module around it."""', ""]
         many = len(cls.numbers)
-        where, times = _general(self._paths(cls)), f", {many} of them" if many > 1 else ""
+        where, times = _general(self.classes.paths(cls)), f", {many} of them" if many > 1 else ""
         return [f'    """``{where}``{times}."""', ""]
-
-    def _paths(self, cls: Class) -> list[str]:
-        return [path for path, (found, _) in self.classes.instances.items() if found is cls]
 
     def _forward(self, cls: Class, function: Function, names: Names | None, slots: Iterator[str | None]) -> list[str]:
         assert names is not None
@@ -238,5 +235,8 @@ def semantic(used: Iterable[str]) -> list[str]:
     """The functions of the semantic ops that a text uses, as their library has them."""
     lines = list[str]()
     for name in used:
-        lines += ["", "", *inspect.getsource(SEMANTIC_NAMES[name].body).rstrip().splitlines()]
+        lines += ["", ""]
+        for line in inspect.getsource(SEMANTIC_NAMES[name].body).rstrip().splitlines():
+            indent = " " * (len(line) - len(line.lstrip()))
+            lines += textwrap.wrap(line, WIDTH, subsequent_indent=indent) if len(line) > WIDTH else [line]
     return lines

@@ -140,7 +140,7 @@ def to_python(
 def write(program: Program, emitted: Rewritten, rewrites: Sequence[str] = ()) -> Source:
     """The text of a program, over the tensors that its emitted module holds."""
     twin = as_run(program)
-    if twin.regions:
+    if any(node.target in twin.regions and node.users for node in twin.graph.find_nodes(op="get_attr")):
         raise ExportError(
             f"{program.name} holds a region of its own (torch.cond, autocast), which has no plain Python text",
             hint="save the module instead (tautomer.save), or capture a model without it",
