@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -162,7 +162,7 @@ class Classes:
         if all(x == first for x in members):
             return code("nn.ModuleList(", first, " for _ in range(", number(len(members), "depth"), "))")
         if len({_open(x) for x in members}) == 1:
-            columns = list(zip(*map(_numbers, members), strict=True))
+            columns = list(zip(*map(numbers_of, members), strict=True))
             varying = dict.fromkeys(tuple(n.value for n in column) for column in columns if len({n.value for n in column}) > 1)
             roles = [next(c[0].role for c in columns if tuple(n.value for n in c) == values) for values in varying]
             names = dict(zip(varying, _distinct(roles), strict=True))
@@ -190,7 +190,7 @@ class Classes:
             raise Split(module.path)
         if module.path == "":
             keys = {("root",)}
-        numbers = tuple(n for text in _texts(made, functions[0] if functions else None) for n in _numbers(text))
+        numbers = tuple(n for text in _texts(made, functions[0] if functions else None) for n in numbers_of(text))
         wanted = _class_name(kind, module.path, self.functions.root.kind)
         name = (wanted, *keys)
         found = self.found.get(name)
@@ -278,7 +278,8 @@ class Classes:
                 values = tuple(n.value for n in column)
                 if len(set(values)) > 1:
                     vectors.setdefault(values, column[0].role)
-            names = dict(zip(vectors, _distinct(list(vectors.values())), strict=True))
+            attributes = {*dir(torch.nn.Module), *re.findall(r"self\.(\w+) = ", " ".join(str(x.parts[0]) for x in cls.made))}
+            names = dict(zip(vectors, _distinct(list(vectors.values()), attributes), strict=True))
             cls.arguments = [(name, values) for values, name in names.items()]
             for index, column in enumerate(columns):
                 values = tuple(n.value for n in column)
@@ -370,11 +371,11 @@ def _class_name(kind: str, path: str, root: str) -> str:
     return name if name.isidentifier() else "Model"
 
 
-def _distinct(names: list[str]) -> list[str]:
+def _distinct(names: list[str], taken: Iterable[str] = ()) -> list[str]:
     found = list[str]()
     for name in names:
         other, count = name, 2
-        while other in found:
+        while other in found or other in taken:
             other, count = f"{name}_{count}", count + 1
         found.append(other)
     return found
@@ -394,7 +395,7 @@ def _texts(made: list[Code], function: Function | None) -> Iterator[Code]:
         yield function.result
 
 
-def _numbers(text: Code) -> list[Number]:
+def numbers_of(text: Code) -> list[Number]:
     found = list[Number | str]()
     for part in text.parts:
         if isinstance(part, (Number, Option)):

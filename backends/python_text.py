@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.shapes import key, static
 
-from .python_classes import Class, Classes, type_of
+from .python_classes import Class, Classes, numbers_of, type_of
 from .python_code import WIDTH, Code, Instance, Number, Option, Var, wrapped
 from .python_function import LOOP, Function, Loop, Statement
 from .python_names import Names
@@ -44,8 +44,10 @@ class Text:
         if made or cls.arguments:
             head = ", ".join(["self", *(f"{name}: {kind}" for name, kind in types.items())])
             lines += wrapped(f"def __init__({head}) -> None:", 4)
-            starts = [] if made and made[0].startswith("super()") else ["super().__init__()"]
-            lines += [line for text in [*starts, *made] for line in wrapped(text, 8)]
+            start = made.pop(0) if made and made[0].startswith("super()") else "super().__init__()"
+            first = sum(len(numbers_of(text)) for text in cls.made)
+            kept = dict.fromkeys(name for index, name in cls.slots.items() if index >= first)
+            lines += wrapped_all([start, *(f"self.{name} = {name}" for name in kept), *made], 8)
         if cls.path == "" and cls.function is None and self.root.before:
             (name, *_) = self.root.given.values()
             lines += ["", *self.root.head, *wrapped_all(self.root.before, 8), f"        return super().forward({name})"]

@@ -170,11 +170,12 @@ def _classes(
     while True:
         root = nested(graph, dissolved)
         functions = Functions(graph, root, held, _lists(weights, graph))
-        broken = {
-            call.path
-            for call in root.calls()
-            if call.path and (call.kind == SEQUENTIAL or _numbered(call.path, weights)) and (call.kind != SEQUENTIAL or sequential(graph.layers, call, functions.made) is None)
-        }
+        taken = {layer.path for layer in graph.layers.values()}
+        broken = set[str]()
+        for call in root.calls():
+            chain = call.kind == SEQUENTIAL and sequential(graph.layers, call, functions.made) is not None
+            if call.path and (call.path in taken or (not chain and (call.kind == SEQUENTIAL or _numbered(call.path, weights)))):
+                broken.add(call.path)
         if broken:
             dissolved |= broken
             continue
