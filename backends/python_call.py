@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from tautomer.rewrite.errors import ExportError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import key, static
 
@@ -37,10 +36,12 @@ class Called:
         given: how each flat input is spelled inside ``forward``.
         records: the named tuples it takes and returns.
         notes: sentences for the docstring.
+        sizes: the names of the free sizes.
     """
 
-    def __init__(self, program: Program, sizes: Mapping[Hashable, str]) -> None:
-        self.program, self.sizes = program, dict(sizes)
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.sizes: Mapping[Hashable, str] = {}
         self.records: dict[str, Record] = {}
         self.notes = list[str]()
         self.placeholders = program.placeholders
@@ -131,9 +132,9 @@ class Called:
                 lines.append(f"{text}: [{', '.join(sizes)}]")
         return lines
 
-    def guards(self) -> list[list[str]]:
-        """Statements that refuse the sizes that the model was not captured for: a condition, and what it says."""
-        found, fixed = list[list[str]](), dict[int, dict[int, int]]()
+    def guards(self) -> list[str]:
+        """Statements that refuse the sizes that the model was not captured for."""
+        found, fixed = list[str](), dict[int, dict[int, int]]()
         for condition in _needed(self.program.signature.conditions):
             single = re.fullmatch(r"leaves\[(\d+)\]\.size\(\)\[(\d+)\] == (\d+)", condition)
             if single:
@@ -145,7 +146,7 @@ class Called:
                 self.notes.append(f"Only for sizes with {self.program.signature.describe(condition)}.")
                 continue
             opposite = _opposite(text)
-            found.append([f"if {opposite}:", f'    raise ValueError("{_inside(text)} must hold")'])
+            found.extend([f"if {opposite}:", f'    raise ValueError("{_inside(text)} must hold")'])
         for index, node in enumerate(self.placeholders):
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or not node.users:
@@ -160,7 +161,7 @@ class Called:
             else:
                 wrong = " or ".join(f"{text}.shape[{axis}] != {axes[axis]}" for axis in last)
             shape = ", ".join(str(axes[i]) if i in axes else self.sizes.get(key(s), "*") for i, s in enumerate(value.shape))
-            found.append([f"if {wrong}:", f'    raise ValueError("{_inside(text)} must have shape [{shape}]")'])
+            found.extend([f"if {wrong}:", f'    raise ValueError("{_inside(text)} must have shape [{shape}]")'])
         return found
 
     # -- output -----------------------------------------------------------------------------------------------
@@ -224,17 +225,17 @@ def _needed(conditions: tuple[str, ...]) -> list[str]:
     for condition in conditions:
         text = _SIZE.sub(lambda m: equal.get(m[0], m[0]), condition)
         names = list(dict.fromkeys(_SIZE.findall(text)))
-        plain_text = _SIZE.sub(lambda m: f"size_{names.index(m[0])}", text)
-        single = len(names) == 1 and condition != text and re.fullmatch(r"[\w\s()*+/%=<>-]+", plain_text)
-        trivial = bool(single) and _SIZE.fullmatch(condition.partition(" == ")[0]) is None and _always(plain_text)
-        if not trivial:
+        of_one = _SIZE.sub("size", text)
+        defines = _SIZE.fullmatch(condition.partition(" == ")[0]) is not None
+        known = len(names) == 1 and condition != text and re.fullmatch(r"[\w\s()*+/%=<>-]+", of_one) is not None
+        if defines or not known or not _always(of_one):
             found.append(condition)
     return found
 
 
 def _always(text: str) -> bool:
     """Whether a condition on one size holds at all of its first values."""
-    return all(bool(eval(text, {"size_0": size, "__builtins__": {}})) for size in range(1, 200))
+    return all(bool(eval(text, {"size": size, "__builtins__": {}})) for size in range(1, 200))
 
 
 def _members(tree: Plain) -> list[tuple[Any, str]]:

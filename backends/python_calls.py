@@ -12,6 +12,7 @@ import operator
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import networkx
 import torch
@@ -93,7 +94,7 @@ class Graph:
     def order(self) -> list[tuple[fx.Node, fx.Node]]:
         """Pairs of nodes of which the second must run after the first, beyond what it reads."""
         chain = sorted(self.effects, key=self.index.__getitem__)
-        pairs = list(zip(chain, chain[1:], strict=False))
+        pairs = list(pairwise(chain))
         writers = [(node, set().union(*map(self.memory, writes(node)))) for node in chain if writes(node)]
         if not writers:
             return pairs
@@ -196,7 +197,7 @@ def _place(graph: Graph, owner: dict[fx.Node, Call], root: Call) -> None:
     for node in graph.steps:
         if node in graph.ordered or any(user.target is operator.getitem for user in node.users):
             continue
-        readers = [owner[user] if user in owner else root for user in node.users]
+        readers = [owner.get(user, root) for user in node.users]
         wanted = _common([owner[node], *readers])
         known = all(_common([owner[x], owner[node]]) in wanted.above for x in _operands(graph, node) if x in owner)
         if wanted is not owner[node] and known and not graph.layers.get(node) and not _reads_own(node, owner[node]):
@@ -209,7 +210,7 @@ _VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.contiguous.default}
 def _first(graph: Graph, node: fx.Node, owner: dict[fx.Node, Call], call: Call) -> bool:
     """Whether a view of its input is what a module without submodules begins with: its caller may as well hand it in."""
     x = node.args[0]
-    outside = isinstance(x, fx.Node) and x in owner and owner[x] is not call and call.parent in owner[x].above
+    outside = isinstance(x, fx.Node) and x in owner and owner[x] is not call and any(c is call.parent for c in owner[x].above)
     alone = not any(other is not call and call in other.above for other in set(owner.values()))
     return outside and alone and not any(owner.get(user) is call for user in x.users if user is not node)  # type: ignore[union-attr]
 

@@ -1,6 +1,6 @@
 """Import a written package in a fresh process that has no tautomer, run it, and hold it to the emitted module, bit by bit.
 
-    outputs, buffers after the call and, where parameters train, gradients at the example and at another size
+outputs, buffers after the call and, where parameters train, gradients at the example and at another size
 """
 
 from __future__ import annotations
@@ -87,7 +87,12 @@ def compare(program: Program, emitted: Rewritten, called: Called, package: Path)
     wanted = [_reference(twin, program, mode, inputs, cotangents) for mode in modes for inputs, cotangents in runs]
     with tempfile.TemporaryDirectory() as folder:
         given, made, script = (Path(folder) / name for name in ("given.pt", "made.pt", "run.py"))
-        about = {"runs": runs, "modes": modes, "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
+        about = {
+            "runs": runs,
+            "modes": modes,
+            "threads": torch.get_num_threads(),
+            "precision": torch.get_float32_matmul_precision(),
+        }
         torch.save(about, given)
         script.write_text(_SCRIPT.replace("CALL", called.call_text()).replace("RESULTS", ", ".join(called.result_texts())))
         command = [sys.executable, "-I", "-W", "ignore", script, given, made, package.parent, package.name]
@@ -107,7 +112,7 @@ def compare(program: Program, emitted: Rewritten, called: Called, package: Path)
 
 def _inputs(twin: Rewritten, program: Program) -> list[Sequence[Any]]:
     """The example, and another size that the model takes."""
-    found = [program.example]
+    found: list[Sequence[Any]] = [program.example]
     for sample in samples(program):
         shapes = [[x.shape for x in flat if isinstance(x, Tensor)] for flat in (sample.inputs, program.example)]
         if shapes[0] == shapes[1]:
@@ -133,12 +138,15 @@ def _run(twin: Rewritten, program: Program, inputs: Sequence[Any]) -> tuple[list
     with torch.no_grad():
         outputs = copy.deepcopy(twin)._run(*_copied(inputs, False))
     cotangents = [
-        torch.randn(x.shape, generator=generator).to(x) if isinstance(x, Tensor) and x.is_floating_point() else None for x in outputs
+        torch.randn(x.shape, generator=generator).to(x) if isinstance(x, Tensor) and x.is_floating_point() else None
+        for x in outputs
     ]
     return _copied(inputs, False), cotangents
 
 
-def _reference(twin: Rewritten, program: Program, mode: bool, inputs: Sequence[Any], cotangents: Sequence[Any]) -> Mapping[str, Any]:
+def _reference(
+    twin: Rewritten, program: Program, mode: bool, inputs: Sequence[Any], cotangents: Sequence[Any]
+) -> Mapping[str, Any]:
     """What the emitted module computes; its buffers move from call to call."""
     twin.train(mode)
     twin.zero_grad()
@@ -146,7 +154,9 @@ def _reference(twin: Rewritten, program: Program, mode: bool, inputs: Sequence[A
     torch.manual_seed(0)
     args, kwargs = pytree.tree_unflatten(flat, program.signature.in_spec)
     outputs = program.signature.flatten(twin(*args, **kwargs))
-    pairs = [(x, g) for x, g in zip(outputs, cotangents, strict=True) if isinstance(x, Tensor) and g is not None and x.requires_grad]
+    pairs = [
+        (x, g) for x, g in zip(outputs, cotangents, strict=True) if isinstance(x, Tensor) and g is not None and x.requires_grad
+    ]
     if pairs:
         torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
     return {
@@ -161,13 +171,17 @@ def _differences(program: Program, wanted: Mapping[str, Any], found: Mapping[str
     """The worst error of a gradient; outputs and buffers must have the same bits."""
     for index, (x, y) in enumerate(zip(wanted["outputs"], found["outputs"], strict=True)):
         if not _same(x, y):
-            raise ExportError(f"output {index} of the Python of {program.name} has other bits than the emitted module's{_by(x, y)}")
+            raise ExportError(
+                f"output {index} of the Python of {program.name} has other bits than the emitted module's{_by(x, y)}"
+            )
     for name, x in wanted["buffers"].items():
         if not _same(x, found["buffers"].get(name)):
             raise ExportError(f"the buffer '{name}' of the Python of {program.name} differs from the emitted module's")
     ours, theirs = wanted["gradients"], found["gradients"]
     if set(ours) != set(theirs):
-        raise ExportError(f"the Python of {program.name} has gradients for other parameters: {sorted(set(ours) ^ set(theirs))[:3]}")
+        raise ExportError(
+            f"the Python of {program.name} has gradients for other parameters: {sorted(set(ours) ^ set(theirs))[:3]}"
+        )
     pairs = [(ours[name], theirs[name]) for name in ours] + list(zip(wanted["inputs"], found["inputs"], strict=True))
     errors = [0.0 if _same(x, y) else relative_error(x, y) for x, y in pairs if x is not None and y is not None]
     half = any(x is not None and x.element_size() < 4 for x, _ in pairs)

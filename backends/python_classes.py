@@ -122,7 +122,9 @@ class Classes:
         for module in root.walk():
             if module.weights and not module.children and not module.calls and module.layer is None:
                 module.layer = self._twin(root, module)
-            module.children = dict(sorted(module.children.items(), key=lambda x: int(x[0]))) if module.numbered else module.children
+            module.children = (
+                dict(sorted(module.children.items(), key=lambda x: int(x[0]))) if module.numbered else module.children
+            )
         return root
 
     def _twin(self, root: Module, module: Module) -> Code | None:
@@ -181,7 +183,12 @@ class Classes:
         if module.numbered and not module.weights:
             base = "nn.Sequential"
             made.append(call("super().__init__", *self._members(module)))
-            if module.calls and module.calls[0].kind == SEQUENTIAL and self.sequential(module.calls[0]) is not None and module.path == "":
+            if (
+                module.calls
+                and module.calls[0].kind == SEQUENTIAL
+                and self.sequential(module.calls[0]) is not None
+                and module.path == ""
+            ):
                 functions = []
         made += [] if base == "nn.Sequential" else self._assignments(module)
         made += self._ties(module) + self._frozen(module)
@@ -263,7 +270,9 @@ class Classes:
             name = cls.wanted
             others = [c for c in order if c.wanted == cls.wanted and c is not cls]
             if others:
-                starts = (f"{part}{cls.wanted}" for part in _different(self.paths(cls), [p for c in others for p in self.paths(c)]))
+                starts = (
+                    f"{part}{cls.wanted}" for part in _different(self.paths(cls), [p for c in others for p in self.paths(c)])
+                )
                 name = name if name not in taken else next((n for n in starts if n not in taken), name)
             number, stem = 2, name
             while name in taken:
@@ -307,7 +316,7 @@ def sequential(layers: Mapping[fx.Node, Layer], made: Call, functions: Mapping[C
             if layer is None and activation(item) is None:
                 return None
             path = layer.path if layer is not None else _stack_path(item)
-            reads = [layer.operand] if layer is not None else [x for x in item.all_input_nodes]
+            reads = [layer.operand] if layer is not None else list(item.all_input_nodes)
             result = item
         prefix = f"{made.path}." if made.path else ""
         last = path.removeprefix(prefix)

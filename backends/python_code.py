@@ -49,7 +49,7 @@ class Option:
 
     name: str
     number: Number | str
-    default: int
+    default: int | float
 
 
 Part = str | Var | Number | Instance | Option
@@ -118,10 +118,10 @@ def listed(pieces: Iterable[Piece]) -> list[Piece]:
     return found
 
 
-def call(function: Piece, *args: Piece, cost: int | None = None, **kwargs: Piece) -> Code:
+def call(function: Piece, *args: Piece, **kwargs: Piece) -> Code:
     """``function(*args, **kwargs)``"""
     named = [code(f"{name}=", value, cost=value.cost if isinstance(value, Code) else 0) for name, value in kwargs.items()]
-    return code(function, "(", *listed([*args, *named]), ")", cost=cost)
+    return code(function, "(", *listed([*args, *named]), ")")
 
 
 def method(owner: Code, name: str, *args: Piece, **kwargs: Piece) -> Code:
@@ -199,7 +199,7 @@ def wrapped(text: str, indent: int) -> list[str]:
         return [pad + text]
     head, body, tail = text[: opening + 1], text[opening + 1 : closing], text[closing:]
     pieces = _split(body)
-    if indent + 4 + len(body) <= WIDTH and not body.endswith(",") and (len(pieces) > 1 or True):
+    if indent + 4 + len(body) <= WIDTH and not body.endswith(","):
         return [pad + head, f"{pad}    {body}", pad + tail]
     if len(pieces) == 1 and " for " in body:
         first, _, rest = body.partition(" for ")

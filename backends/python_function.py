@@ -145,7 +145,11 @@ class _Writer:
     def _outputs(self) -> list[fx.Node]:
         if self.call is self.all.root:
             return []
-        return [node for node in self._given() if any(user not in self.inside and user not in self.graph.silent for user in self._readers(node))]
+        return [
+            node
+            for node in self._given()
+            if any(user not in self.inside and user not in self.graph.silent for user in self._readers(node))
+        ]
 
     def _given(self) -> Iterator[fx.Node]:
         for item in self.items:
@@ -176,8 +180,8 @@ class _Writer:
             for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
                 if static(size) is None:
                     self.axes.setdefault(key(size), (x, axis))
-        for size in sizes:
-            self.inputs.extend(x for x in self._unknown(size) if x not in self.inputs)
+        for node in sizes:
+            self.inputs.extend(x for x in self._unknown(node) if x not in self.inputs)
 
     def _own(self, x: fx.Node) -> bool:
         return x.op == "get_attr" and self.all.attribute(self.call, str(x.target)) is not None
@@ -202,7 +206,7 @@ class _Writer:
                 yield size
             return
         if size.target is aten.sym_size.int:
-            if size.args[0] not in self.inside and size.args[0] not in self.inputs:
+            if size.all_input_nodes[0] not in self.inside and size.all_input_nodes[0] not in self.inputs:
                 yield size
             return
         for x in size.all_input_nodes:
@@ -235,12 +239,12 @@ class _Writer:
         for x in self.inputs:
             if isinstance(x.meta.get("val"), Tensor) and (value is None or x.meta["val"].device == value.device):
                 return code(var(x), ".device", cost=0)
-        given = arguments(node).get("device")
+        given = torch.device(arguments(node)["device"])
         prefix = f"{self.call.path}." if self.call.path else ""
         for name, tensor in self.all.tensors.items():
-            if name.startswith(prefix) and tensor.device == torch.device(given):
+            if name.startswith(prefix) and tensor.device == given:
                 return code(attribute(name.removeprefix(prefix)), ".device", cost=0)
-        return literal(torch.device(given), "device")
+        return literal(given, "device")
 
     def _size(self, node: fx.Node) -> Code:
         value = node.meta.get("val")
@@ -268,7 +272,7 @@ class _Writer:
                 reads[x] += 2
         reads.update(self.outputs * 2)
         if self.call is self.all.root:
-            reads.update([x for x in self.graph.program.output.all_input_nodes] * 2)
+            reads.update(self.graph.program.output.all_input_nodes * 2)
         self.reads = reads
         self.effects = [i for i, item in enumerate(self.items) if self._effect(item)]
         self.hot = [self._hot(item) for item in self.items]
@@ -320,9 +324,8 @@ class _Writer:
         return bool((nodes | silent) & (self.graph.effects | self.graph.ordered))
 
     def _write(self, position: int, item: fx.Node | Call) -> None:
-        if isinstance(item, fx.Node) and item.target is operator.getitem and item.args[0] in self.where:
-            if self._spread(item):
-                return
+        if isinstance(item, fx.Node) and item.target is operator.getitem and item.args[0] in self.where and self._spread(item):
+            return
         index = self._index(item)
         inlined = self._inlined(position, item, index)
         outer, self.pending = self.pending, {x: self.pending[x] for x in inlined}
@@ -471,9 +474,7 @@ def _op(item: fx.Node | Call) -> str:
 # -- loops -----------------------------------------------------------------------------------------------------
 
 
-def _rolled(
-    body: list[Statement], outputs: set[Hashable], lists: Mapping[str, int], path: str
-) -> Iterator[Statement | Loop]:
+def _rolled(body: list[Statement], outputs: set[Hashable], lists: Mapping[str, int], path: str) -> Iterator[Statement | Loop]:
     """The statements with runs over numbered modules as loops."""
     renamed = dict[Hashable, Hashable]()
     position = 0
@@ -578,7 +579,9 @@ def _carried(
     before = groups[0]
     mapping: dict[Hashable, Hashable] = {}
     for turn, group in enumerate(groups[1:], 1):
-        previous = {t: m for x, y in zip(groups[turn - 1], groups[0], strict=True) for t, m in zip(x.targets, y.targets, strict=False)}
+        previous = {
+            t: m for x, y in zip(groups[turn - 1], groups[0], strict=True) for t, m in zip(x.targets, y.targets, strict=False)
+        }
         mapping = {}
         for x, y, opened in zip(before, group, first, strict=True):
             other = _opened(y.value, name, number + turn)
@@ -598,9 +601,7 @@ def _carried(
                 if q.value in previous and p.value not in made and (turn == 1 or p.value in carried):
                     if carried.setdefault(p.value, previous[q.value]) != previous[q.value]:
                         return None
-                elif q.value in mapping or p.value != q.value or q.value in previous:
-                    return None
-                elif p.value in carried:
+                elif q.value in mapping or p.value != q.value or q.value in previous or p.value in carried:
                     return None
             for s, t in zip(x.targets, y.targets, strict=True):
                 if (s is None) != (t is None):
@@ -630,4 +631,3 @@ def _alike_values(a: Hashable, b: Hashable) -> bool:
         return False
     x, y = a.meta.get("val"), b.meta.get("val")
     return isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() == y.dim() and x.dtype == y.dtype
-

@@ -129,10 +129,13 @@ def _norm(kind: str, default: float | None) -> Any:
         if path is None or search.shape(given["weight"]) != given["normalized_shape"]:
             return None
         shape = tuple(given["normalized_shape"])
-        eps = None if given["eps"] == default else given["eps"]
         bias = False if kind == "LayerNorm" and given["bias"] is None else None
         size = ("width", shape[0] if len(shape) == 1 else shape)
-        return Layer(path, search.make(kind, f"{path}.weight", size, eps=eps, bias=bias), given["input"])
+        if default is None or len(shape) > 1:
+            eps = None if given["eps"] == default else given["eps"]
+            return Layer(path, search.make(kind, f"{path}.weight", size, eps=eps, bias=bias), given["input"])
+        made = search.make(kind, f"{path}.weight", size, bias=bias)
+        return Layer(path, _with(made, [_option("eps", given["eps"], default)], 2), given["input"])
 
     return maker
 
@@ -143,8 +146,8 @@ def _group_norm(search: _Search, node: fx.Node, given: Mapping[str, Any]) -> Lay
     if given["bias"] is None:
         return None
     sizes = ("groups", given["num_groups"]), ("channels", search.shape(given["weight"])[0])
-    eps = None if given["eps"] == 1e-5 else given["eps"]
-    return Layer(path, search.make("GroupNorm", f"{path}.weight", *sizes, eps=eps), given["input"])
+    made = search.make("GroupNorm", f"{path}.weight", *sizes)
+    return Layer(path, _with(made, [_option("eps", given["eps"], 1e-5)], 4), given["input"])
 
 
 def _conv(kind: str, transposed: bool = False) -> Any:
@@ -163,11 +166,17 @@ def _conv(kind: str, transposed: bool = False) -> Any:
                 return None
             options[option] = (value, default)
         bias = False if given["bias"] is None else None
-        made = search.make(kind, f"{path}.weight", *sizes, **{n: v for n, (v, _) in options.items() if isinstance(v, (str, tuple))}, bias=bias)
-        plain_ones = [Option(n, Number(v, n), d) for n, (v, d) in options.items() if isinstance(v, int)]
+        made = search.make(
+            kind, f"{path}.weight", *sizes, **{n: v for n, (v, _) in options.items() if isinstance(v, (str, tuple))}, bias=bias
+        )
+        plain_ones = [_option(n, v, d) for n, (v, d) in options.items() if isinstance(v, int)]
         return Layer(path, _with(made, plain_ones, 2 * len(sizes)), given["input"])
 
     return maker
+
+
+def _option(name: str, value: int | float, default: int | float) -> Option:
+    return Option(name, Number(value, name), default)
 
 
 def _with(made: Code, options: list[Option], position: int) -> Code:
@@ -197,7 +206,11 @@ def _batch_norm(search: _Search, node: fx.Node, given: Mapping[str, Any]) -> Lay
     ]
     flag = given["training"]
     moved = [add for add in adds if add.args[1] is flag or (flag is True and add.args[1] == 1)]
-    calls = [n for n in search.program.graph.nodes if n.target is node.target and arguments(n)["running_mean"] is statistics["running_mean"]]
+    calls = [
+        n
+        for n in search.program.graph.nodes
+        if n.target is node.target and arguments(n)["running_mean"] is statistics["running_mean"]
+    ]
     if counter not in search.tensors or moved != adds or (flag is not False and len(moved) != len(calls)):
         return None
     path = mean.rpartition(".")[0]
@@ -207,11 +220,10 @@ def _batch_norm(search: _Search, node: fx.Node, given: Mapping[str, Any]) -> Lay
     if not path or not all(reads.values()) or not whole or not (own or isinstance(flag, bool)):
         return None
     kind = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[value.dim()]
-    options = {"eps": (given["eps"], 1e-5), "momentum": (given["momentum"], 0.1)}
-    shown = {name: None if x == default else x for name, (x, default) in options.items()}
+    options = [_option("eps", given["eps"], 1e-5), _option("momentum", given["momentum"], 0.1)]
     size = ("channels", search.shape(affine["weight"])[0])
     silent = tuple(moved[calls.index(node) : calls.index(node) + 1]) if moved else ()
-    return Layer(path, search.make(kind, f"{path}.weight", size, **shown), given["input"], silent)
+    return Layer(path, _with(search.make(kind, f"{path}.weight", size), options, 2), given["input"], silent)
 
 
 def _dropout(search: _Search, node: fx.Node, given: Mapping[str, Any]) -> Layer | None:
@@ -254,7 +266,9 @@ def activation(node: fx.Node) -> Code | None:
         return None
     given = arguments(node)
     match name:
-        case "ReLU" | "SiLU" | "Sigmoid" | "Tanh" | "Hardswish" | "Hardsigmoid" | "Mish" if target_name(node) == f"aten.{name.lower()}":
+        case "ReLU" | "SiLU" | "Sigmoid" | "Tanh" | "Hardswish" | "Hardsigmoid" | "Mish" if (
+            target_name(node) == f"aten.{name.lower()}"
+        ):
             return plain(f"nn.{name}()")
         case "ReLU6" if target_name(node) == "aten.hardtanh" and (given["min_val"], given["max_val"]) == (0, 6):
             return plain("nn.ReLU6()")

@@ -30,7 +30,19 @@ _MAKERS = {
     "scaled_dot_product_attention": "attention", "softmax": "weights", "cos": "cos", "sin": "sin", "arange": "positions",
     "mean": "mean", "var": "variance", "rsqrt": "scale", "cumsum": "total", "topk": "top", "argmax": "best",
 }  # fmt: skip
-_THROUGH = {"transpose", "reshape", "view", "unsqueeze", "expand", "contiguous", "rotary", "permute", "rms_norm", "to", "repeat_interleave"}
+_THROUGH = {
+    "transpose",
+    "reshape",
+    "view",
+    "unsqueeze",
+    "expand",
+    "contiguous",
+    "rotary",
+    "permute",
+    "rms_norm",
+    "to",
+    "repeat_interleave",
+}
 
 
 def _op(node: fx.Node) -> str:
@@ -58,7 +70,9 @@ def role(node: fx.Node, depth: int = 6) -> str | None:
 
 def _source(node: fx.Node) -> fx.Node:
     """What a value is a view of."""
-    while _op(node) in ("unsqueeze", "expand", "transpose", "reshape", "contiguous", "slice") and isinstance(node.args[0], fx.Node):
+    while _op(node) in ("unsqueeze", "expand", "transpose", "reshape", "contiguous", "slice") and isinstance(
+        node.args[0], fx.Node
+    ):
         node = node.args[0]
     return node
 
@@ -69,10 +83,11 @@ def size_names(functions: Functions, inputs: Mapping[fx.Node, str]) -> dict[Hash
     kinds = {1: ("batch",), 2: ("batch", "length"), 3: ("batch", "length", "width"), 4: ("batch", "channels", "height", "width")}
     for node, name in inputs.items():
         value = node.meta.get("val")
-        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+        shape = value.shape if isinstance(value, Tensor) else ()
+        for axis, size in enumerate(shape):
             if static(size) is not None or key(size) in found:
                 continue
-            kind = kinds.get(value.dim(), ())
+            kind = kinds.get(len(shape), ())
             wanted = kind[axis] if axis < len(kind) else f"size_{axis}"
             if wanted in found.values():
                 wanted = f"{re.sub(r'_(ids|values|features)$', '', name)}_{wanted}"
@@ -83,7 +98,9 @@ def size_names(functions: Functions, inputs: Mapping[fx.Node, str]) -> dict[Hash
 class Names:
     """The names of the values of one function."""
 
-    def __init__(self, function: Function, given: Mapping[fx.Node, str], sizes: Mapping[Hashable, str], reserved: set[str]) -> None:
+    def __init__(
+        self, function: Function, given: Mapping[fx.Node, str], sizes: Mapping[Hashable, str], reserved: set[str]
+    ) -> None:
         self.function, self.given, self.sizes = function, given, sizes
         self.reserved = TAKEN | reserved
         self.names: dict[Hashable, str] = {}
@@ -96,14 +113,14 @@ class Names:
     def _assign(self) -> None:
         steps = list(self._steps())
         last: dict[Hashable, int] = {}
-        for position, (part, statement) in enumerate(steps):
+        for position, (_, statement) in enumerate(steps):
             for v in statement.value.variables:
                 last[v.value] = position
         ends = {id(part): max(i for i, (p, _) in enumerate(steps) if p is part) for part, _ in steps if part is not None}
         starts = {id(part): min(i for i, (p, _) in enumerate(steps) if p is part) for part, _ in steps if part is not None}
         born = {t: i for i, (_, statement) in enumerate(steps) for t in statement.targets if t is not None}
         results = {new: old for part, _ in steps if part is not None for old, new in part.carried}
-        for position, (part, statement) in enumerate(steps):
+        for part, statement in steps:
             if part is None:
                 continue
             inner = {old for old, _ in part.carried}
@@ -127,7 +144,11 @@ class Names:
                     old = results[target]
                     start = starts[id(part)]
                     foreign = not self.names[old].isidentifier()
-                    if foreign or last.get(old, -1) > ends[id(part)] or self.names[old] in [self.names[v] for v in self.names if v != old and v in last and last[v] > position]:
+                    if (
+                        foreign
+                        or last.get(old, -1) > ends[id(part)]
+                        or self.names[old] in [self.names[v] for v in self.names if v != old and v in last and last[v] > position]
+                    ):
                         copied = self._fresh(target, [self.names[v] for v in self.names if last.get(v, -1) >= start], False)
                         self.copies.setdefault(id(part), []).append((copied, old))
                         self.names[target] = copied

@@ -37,7 +37,7 @@ from .python_code import (
     binary,
     call,
     code,
-    literal,
+    listed,
     method,
     plain,
     tuple_of,
@@ -215,7 +215,7 @@ def _slice(node: fx.Node, given: Given, spell: Spell) -> Code | None:
         return None
     start = "" if given["start"] in (None, 0) else spell(given["start"], "start")
     stop = "" if given["end"] is None or _endless(given["end"]) else spell(given["end"], "stop")
-    step = [] if given["step"] == 1 else [":", spell(given["step"], "step")]
+    step: list[Piece] = [] if given["step"] == 1 else [":", spell(given["step"], "step")]
     return _indexed(node, given["self"], given["dim"], code(start, ":", stop, *step, cost=0), spell)
 
 
@@ -229,14 +229,13 @@ def _indexed(node: fx.Node, x: fx.Node, dim: int, index: Code, spell: Spell) -> 
         return None
     axis = dim % value.dim()
     last = axis == value.dim() - 1 and axis > 1
-    inside = ["...", ", ", index] if last else [":, " * axis, index]
+    inside: list[Piece] = ["...", ", ", index] if last else [":, " * axis, index]
     return code(within(spell(x), ATOM), "[", *inside, "]")
 
 
 def _index(node: fx.Node, given: Given, spell: Spell) -> Code | None:
     pieces = [plain(":") if index is None else spell(index) for index in given["indices"]]
-    inside = [x for piece in pieces for x in (", ", piece)][1:]
-    return code(within(spell(given["self"]), ATOM), "[", *inside, "]")
+    return code(within(spell(given["self"]), ATOM), "[", *listed(pieces), "]")
 
 
 def _reshape(node: fx.Node, given: Given, spell: Spell) -> Code | None:
@@ -464,7 +463,9 @@ def _rounded(node: fx.Node, given: Given, spell: Spell) -> Code | None:
 
 
 def _one_hot(node: fx.Node, given: Given, spell: Spell) -> Code | None:
-    return call("F.one_hot", spell(given["self"]), *([] if given["num_classes"] == -1 else [spell(given["num_classes"], "classes")]))
+    return call(
+        "F.one_hot", spell(given["self"]), *([] if given["num_classes"] == -1 else [spell(given["num_classes"], "classes")])
+    )
 
 
 def _hardtanh(node: fx.Node, given: Given, spell: Spell) -> Code | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
+from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import key, static
 
+from .python_call import Called, record_lines
 from .python_classes import Class, Classes, numbers_of, type_of
 from .python_code import WIDTH, Code, Instance, Number, Option, Var, wrapped
 from .python_function import LOOP, Function, Loop, Statement
@@ -24,11 +26,12 @@ class Text:
 
     Args:
         sizes: the names of the free sizes.
-        root: the lines of ``forward`` of the whole model: its head, what comes before the body, and what it returns.
+        called: how the whole model is called.
     """
 
-    def __init__(self, classes: Classes, sizes: Mapping[Hashable, str], root: Root) -> None:
-        self.classes, self.sizes, self.root = classes, sizes, root
+    def __init__(self, classes: Classes, sizes: Mapping[Hashable, str], called: Called) -> None:
+        self.classes, self.sizes, self.called = classes, sizes, called
+        self.guards = called.guards()
         self.by_number = {c.number: c for c in classes}
         self.reserved = {c.name for c in classes} | set(SEMANTIC_NAMES)
 
@@ -48,11 +51,20 @@ class Text:
             first = sum(len(numbers_of(text)) for text in cls.made)
             kept = dict.fromkeys(name for index, name in cls.slots.items() if index >= first)
             lines += wrapped_all([start, *(f"self.{name} = {name}" for name in kept), *made], 8)
-        if cls.path == "" and cls.function is None and self.root.before:
-            (name, *_) = self.root.given.values()
-            lines += ["", *self.root.head, *wrapped_all(self.root.before, 8), f"        return super().forward({name})"]
+        if cls.path == "" and cls.function is None and self.guards:
+            (name, *_) = self.called.given.values()
+            lines += [
+                "",
+                *wrapped(self.called.head(), 4),
+                *wrapped_all(self.guards, 8),
+                f"        return super().forward({name})",
+            ]
         if cls.function is not None:
-            lines += ["", *self._forward(cls, cls.function, names, slots)] if lines[-1] else self._forward(cls, cls.function, names, slots)
+            lines += (
+                ["", *self._forward(cls, cls.function, names, slots)]
+                if lines[-1]
+                else self._forward(cls, cls.function, names, slots)
+            )
         return lines
 
     # -- parts ------------------------------------------------------------------------------------------------
@@ -61,7 +73,7 @@ class Text:
         if cls.function is None:
             return None
         reserved = self.reserved | {name for name, _ in cls.arguments}
-        return Names(cls.function, self.root.given if cls.path == "" else {}, self.sizes, reserved)
+        return Names(cls.function, self.called.given if cls.path == "" else {}, self.sizes, reserved)
 
     def _text(self, text: Code, names: Names | None, slots: Iterator[str | None], loop: str = "") -> str:
         shown = list[str]()
@@ -70,16 +82,17 @@ class Text:
                 inner = self.by_number[part.number]
                 chosen = dict[str, str]()
                 for column, x in enumerate(part.numbers):
-                    value = x if isinstance(x, str) else next(slots) or repr(x.value)
+                    argument = x if isinstance(x, str) else next(slots) or repr(x.value)
                     if column in inner.slots:
-                        chosen.setdefault(inner.slots[column], value)
+                        chosen.setdefault(inner.slots[column], argument)
                 shown.append(f"{inner.name}({', '.join(chosen[name] for name, _ in inner.arguments)})")
             elif isinstance(part, Option):
                 slot = part.number if isinstance(part.number, str) else next(slots)
                 value = slot if slot is not None or isinstance(part.number, str) else repr(part.number.value)
                 shown.append("" if value == str(part.default) else f", {part.name}={value}")
             elif isinstance(part, Number):
-                shown.append(self._slot(next(slots), names) or repr(part.value))
+                name = next(slots)
+                shown.append(repr(part.value) if name is None else name if names is None else f"self.{name}")
             elif isinstance(part, Var):
                 assert names is not None
                 shown.append(loop if part == LOOP else names[part.value])
@@ -87,12 +100,9 @@ class Text:
                 shown.append(part)
         return "".join(shown)
 
-    def _slot(self, name: str | None, names: Names | None) -> str | None:
-        return name if name is None or names is None else f"self.{name}"
-
     def _doc(self, cls: Class) -> list[str]:
         if cls.path == "":
-            return wrapped_doc(self.root.doc, 4)
+            return [f'    """The model: ``model({", ".join(self.called.parameters)})``."""', ""]
         if cls.function is None:
             return [f'    """The weights of ``{cls.path}``, read by the module around it."""', ""]
         many = len(cls.numbers)
@@ -102,9 +112,9 @@ class Text:
     def _forward(self, cls: Class, function: Function, names: Names | None, slots: Iterator[str | None]) -> list[str]:
         assert names is not None
         if cls.path == "":
-            lines = [*self.root.head]
-            body = [*wrapped_all(self.root.before, 8), *self._body(function, names, slots)]
-            final = self.root.result({**{v: names[v] for v in names.names}, **_last(function, names)})
+            lines = wrapped(self.called.head(), 4)
+            body = [*wrapped_all(self.guards, 8), *self._body(function, names, slots)]
+            final = self._result(function, names)
             found = re.fullmatch(r"        (\w+) = (.*)", body[-1]) if body else None
             if found and len(re.findall(rf"\b{found[1]}\b(?!=)", final)) == 1 and len(final) + len(found[2]) < WIDTH - 12:
                 body.pop()
@@ -121,6 +131,14 @@ class Text:
             lines += wrapped(f"return {self._text(function.result, names, slots)}", 8)
         return lines
 
+    def _result(self, function: Function, names: Names) -> str:
+        shown = {**names.names, **_last(function, names)}
+
+        def value(x: Any) -> str:
+            return repr(x) if not isinstance(x, fx.Node) else shown[x] if x in shown else self.called.given[x]
+
+        return f"return {self.called.returned(value)}"
+
     def _shapes(self, cls: Class, function: Function, names: Names) -> str:
         if cls.arguments:
             return ""
@@ -128,7 +146,11 @@ class Text:
         made = [self._shape(x) for x in function.outputs if isinstance(x.meta.get("val"), Tensor)]
         if not given or not made or None in given or None in made:
             return ""
-        shown = [f"{names[x]}: {s}" for x, s in zip(function.inputs, given, strict=False)] if len(given) == len(function.inputs) else []
+        shown = (
+            [f"{names[x]}: {s}" for x, s in zip(function.inputs, given, strict=False)]
+            if len(given) == len(function.inputs)
+            else []
+        )
         return f"{', '.join(shown)} → {', '.join(map(str, made))}" if shown else ""
 
     def _shape(self, node: fx.Node) -> str | None:
@@ -163,25 +185,6 @@ class Text:
             return value
         targets = ", ".join("_" if t is None else names[t] for t in statement.targets)
         return f"{targets}{',' if statement.spread and len(statement.targets) == 1 else ''} = {value}"
-
-
-class Root:
-    """What is said of the whole model: how it is called and what it returns.
-
-    Attributes:
-        given: the names of the flat inputs.
-        doc: its docstring.
-        head: the lines of ``def forward``.
-        before: statements that come first.
-    """
-
-    given: Mapping[fx.Node, str]
-    doc: str
-    head: list[str]
-    before: list[str]
-
-    def result(self, names: Mapping[Any, str]) -> str:
-        raise NotImplementedError
 
 
 def _last(function: Function, names: Names) -> dict[Hashable, str]:
@@ -220,19 +223,6 @@ def wrapped_all(lines: Iterable[str], indent: int) -> list[str]:
     return [line for text in lines for line in wrapped(text, indent)]
 
 
-def wrapped_doc(text: str, indent: int) -> list[str]:
-    """A docstring, its lines as long as the page allows."""
-    pad = " " * indent
-    first, *rest = text.strip().splitlines()
-    lines = [f'{pad}"""{first}']
-    for line in rest:
-        deep = len(line) - len(line.lstrip())
-        lines += textwrap.wrap(line, WIDTH - indent, initial_indent=pad, subsequent_indent=pad + " " * (deep + 2)) if line else [""]
-    if len(lines) == 1:
-        return [f'{lines[0]}"""', ""]
-    return [*lines, f'{pad}"""', ""]
-
-
 def semantic(used: Iterable[str]) -> list[str]:
     """The functions of the semantic ops that a text uses, as their library has them."""
     lines = list[str]()
@@ -242,3 +232,59 @@ def semantic(used: Iterable[str]) -> list[str]:
             indent = " " * (len(line) - len(line.lstrip()))
             lines += textwrap.wrap(line, WIDTH, subsequent_indent=indent) if len(line) > WIDTH else [line]
     return lines
+
+
+# -- the file ----------------------------------------------------------------------------------------------------
+
+WEIGHTS, CONSTANTS = "weights.safetensors", "constants.safetensors"
+_MODES = {
+    "both": "train() and eval() as usual.",
+    "eval": "Eval mode, whatever train() says.",
+    "train": "Train mode, whatever eval() says.",
+}
+
+
+def file_text(text: Text, program: Program, training: bool, rewrites: Sequence[str]) -> str:
+    """The whole of ``model.py``; ``training`` is the mode that the model is loaded in."""
+    classes, called = text.classes, text.called
+    code = "\n".join(line for cls in classes for line in ["", "", *text.lines(cls)])
+    functions = semantic(name for name in SEMANTIC_NAMES if re.search(rf"(?<![.\w]){name}\(", code))
+    name = next(cls.name for cls in classes if cls.path == "")
+    constants = any(not weight.persistent for weight in classes.weights.values())
+    whole = "\n".join([*functions, code])
+    imports = ["from __future__ import annotations", ""]
+    imports += ["import math"] if re.search(r"\bmath\.", whole) else []
+    imports += ["from collections.abc import Sequence"] if "Sequence[" in whole else []
+    imports += ["from pathlib import Path"]
+    imports += ["from typing import NamedTuple"] if called.records else []
+    imports += ["", "import torch"] if re.search(r"\btorch\.", whole) else [""]
+    imports += [f"from safetensors.torch import {'load_file, ' if constants else ''}load_model", "from torch import Tensor, nn"]
+    imports += ["from torch.nn import functional as F"] if re.search(r"\bF\.", whole) else []
+    lines = [*_doc(called, program, rewrites), "", *imports, "", "HERE = Path(__file__).parent", *functions]
+    for record in called.records.values():
+        lines += record_lines(record)
+    return "\n".join([*lines, code, *_load(name, training, constants), ""])
+
+
+def _doc(called: Called, program: Program, rewrites: Sequence[str]) -> list[str]:
+    lines = [f'"""{program.name}.', "", "Inputs:", *(f"    {line}" for line in called.shapes()), ""]
+    lines += textwrap.wrap(" ".join([_MODES[program.mode], *dict.fromkeys(called.notes)]), WIDTH)
+    if rewrites:
+        lines += ["", "Rewritten from the original model, and checked, by:"]
+        lines += [x for line in rewrites for x in textwrap.wrap(line, WIDTH, initial_indent="    ", subsequent_indent="        ")]
+    return [line.replace("\\", "/").rstrip() for line in [*lines, '"""']]
+
+
+def _load(name: str, training: bool, constants: bool) -> list[str]:
+    lines = [
+        "",
+        "",
+        f"def load(folder: Path = HERE) -> {name}:",
+        '    """The model with its weights."""',
+        f"    model = {name}()",
+    ]
+    lines += [f'    load_model(model, folder / "{WEIGHTS}")']
+    if constants:
+        lines += [f'    for name, value in load_file(folder / "{CONSTANTS}").items():']
+        lines += ["        model.get_buffer(name).copy_(value)"]
+    return [*lines, "    return model" if training else "    return model.eval()"]

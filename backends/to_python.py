@@ -11,34 +11,29 @@ import os
 import re
 import shutil
 import tempfile
-import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, fx
+from torch import Tensor
 
-from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.program import Program
 
-from .python_call import Called, record_lines
+from .python_call import Called
 from .python_calls import SEQUENTIAL, Graph, nested
 from .python_check import Agreement, compare
 from .python_classes import Classes, Split, Weight, sequential
 from .python_function import Functions
 from .python_layers import layers
 from .python_names import size_names
-from .python_ops import SEMANTIC_NAMES
-from .python_text import Text, semantic, wrapped_all
-from .python_code import wrapped
+from .python_text import CONSTANTS, WEIGHTS, Text, file_text
 from .rewritten import Rewritten
 from .to_torch import as_run, to_torch
 
-MODEL, WEIGHTS, CONSTANTS = "model.py", "weights.safetensors", "constants.safetensors"
+MODEL = "model.py"
 
 
 @dataclass(frozen=True)
@@ -148,17 +143,17 @@ def write(program: Program, emitted: Rewritten, rewrites: Sequence[str] = ()) ->
     held = dict(emitted.named_parameters(remove_duplicate=False)) | dict(emitted.named_buffers(remove_duplicate=False))
     graph = Graph(twin, layers(twin, held))
     persistent = emitted.state_dict(keep_vars=True)
-    weights = {name: Weight(x, "parameter" if isinstance(x, torch.nn.Parameter) else "buffer", name in persistent) for name, x in held.items()}
-    ties = _ties(held)
-    classes, functions = _classes(graph, weights, ties, twin.training)
-    called = Called(twin, {})
-    nodes = {node: re.sub(r"\W+", "_", text).strip("_") for node, text in called.given.items() if isinstance(node.meta.get("val"), Tensor)}
-    sizes = size_names(functions, nodes)
-    called.sizes = sizes
-    text = Text(classes, sizes, _Root(called, twin))
-    body = _module(text, classes, called, twin, emitted, rewrites)
-    instances = {cls.name: len(cls.numbers) for cls in classes}
-    return Source(body, next(cls.name for cls in classes if cls.path == ""), called, instances)
+    weights = {
+        name: Weight(x, "parameter" if isinstance(x, torch.nn.Parameter) else "buffer", name in persistent)
+        for name, x in held.items()
+    }
+    classes, functions = _classes(graph, weights, _ties(held), twin.training)
+    called = Called(twin)
+    tensors = {x: text for x, text in called.given.items() if isinstance(x.meta.get("val"), Tensor)}
+    called.sizes = size_names(functions, {x: re.sub(r"\W+", "_", text).strip("_") for x, text in tensors.items()})
+    text = file_text(Text(classes, called.sizes, called), twin, emitted.training, rewrites)
+    name = next(cls.name for cls in classes if cls.path == "")
+    return Source(text, name, called, {cls.name: len(cls.numbers) for cls in classes})
 
 
 def _classes(
@@ -214,7 +209,11 @@ def _without_weights(graph: Graph, weights: Mapping[str, Weight]) -> set[str]:
 def _lists(weights: Mapping[str, Weight], graph: Graph) -> dict[str, int]:
     """The modules whose submodules are numbered from zero, and how many those are."""
     names: dict[str, set[str]] = {}
-    for name in (*weights, *(f"{layer.path}.weight" for layer in graph.layers.values()), *(f"{p}.training" for p in graph.program.training)):
+    for name in (
+        *weights,
+        *(f"{layer.path}.weight" for layer in graph.layers.values()),
+        *(f"{p}.training" for p in graph.program.training),
+    ):
         path, _, _ = name.rpartition(".")
         while path:
             path, _, last = path.rpartition(".")
@@ -228,72 +227,7 @@ def _ties(held: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: first[id(x)] for name, x in held.items() if first.setdefault(id(x), name) != name}
 
 
-# -- the file --------------------------------------------------------------------------------------------------
-
-
-class _Root:
-    def __init__(self, called: Called, program: Program) -> None:
-        self.called, self.program = called, program
-        self.given = called.given
-        self.head = wrapped(called.head(), 4)
-        self.before = [line for pair in called.guards() for line in pair]
-        self.doc = f"The model: ``model({', '.join(called.parameters)})``."
-
-    def result(self, names: Mapping[Any, str]) -> str:
-        def value(x: Any) -> str:
-            if not isinstance(x, fx.Node):
-                return repr(x)
-            return names[x] if x in names else self.given[x]
-
-        return f"return {self.called.returned(value)}"
-
-
-def _module(
-    text: Text, classes: Classes, called: Called, program: Program, emitted: Rewritten, rewrites: Sequence[str]
-) -> str:
-    written = [text.lines(cls) for cls in classes]
-    code = "\n".join(line for lines in written for line in ["", "", *lines])
-    used = [name for name in SEMANTIC_NAMES if re.search(rf"(?<![.\w]){name}\(", code)]
-    functions = semantic(used)
-    name = next(cls.name for cls in classes if cls.path == "")
-    constants = any(not weight.persistent for weight in classes.weights.values())
-    whole = "\n".join([*functions, code])
-    imports = ["from __future__ import annotations", ""]
-    imports += ["import math"] if re.search(r"\bmath\.", whole) else []
-    imports += ["from collections.abc import Sequence"] if "Sequence[" in whole else []
-    imports += ["from pathlib import Path"]
-    imports += ["from typing import NamedTuple"] if called.records else []
-    imports += ["", "import torch"] if "torch." in whole.replace("torch.nn", "") else [""]
-    imports += [f"from safetensors.torch import {'load_file, ' if constants else ''}load_model", "from torch import Tensor, nn"]
-    imports += ["from torch.nn import functional as F"] if re.search(r"\bF\.", whole) else []
-    lines = [*_doc(called, program, emitted, rewrites), "", *imports, "", f"HERE = Path(__file__).parent", *functions]
-    for record in called.records.values():
-        lines += record_lines(record)
-    return "\n".join([*lines, code, *_load(name, program, emitted, constants), ""])
-
-
-def _doc(called: Called, program: Program, emitted: Rewritten, rewrites: Sequence[str]) -> list[str]:
-    mode = {"both": "train() and eval() as usual.", "eval": "Eval mode, whatever train() says.", "train": "Train mode, whatever eval() says."}
-    body = [f'"""{program.name}.', "", *wrapped_text("Inputs:"), *(f"    {line}" for line in called.shapes()), ""]
-    body += wrapped_text(" ".join([mode[program.mode], *dict.fromkeys(called.notes)]))
-    if rewrites:
-        body += ["", "Rewritten from the original model by:", *(f"    {line}" for line in rewrites)]
-    return [line.rstrip() for line in [*body, '"""']]
-
-
-def wrapped_text(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 100)
-
-
-def _load(name: str, program: Program, emitted: Rewritten, constants: bool) -> list[str]:
-    mode = "model" if program.mode == "both" and emitted.training else "model" if program.mode == "train" else "model.eval()"
-    lines = ["", "", f"def load(folder: Path = HERE) -> {name}:", '    """The model with its weights."""', f"    model = {name}()"]
-    lines += [f'    load_model(model, folder / "{WEIGHTS}")']
-    if constants:
-        lines += [f'    for name, value in load_file(folder / "{CONSTANTS}").items():', "        model.get_buffer(name).copy_(value)"]
-    return [*lines, f"    return {mode}"]
+# -- the folder ------------------------------------------------------------------------------------------------
 
 
 def _exports(source: Source) -> str:
@@ -318,9 +252,6 @@ def _save(emitted: Rewritten, folder: Path) -> int:
             save_file(tensors, folder / file)
             (folder / file).chmod(mode)
     return sum(x.nbytes for x in (*kept.values(), *rest.values()))
-
-
-# -- the folder ------------------------------------------------------------------------------------------------
 
 
 def _writable(folder: str | os.PathLike[str], overwrite: bool) -> Path:

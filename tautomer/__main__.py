@@ -110,9 +110,7 @@ def python(
                 subject, loaded.args, loaded.kwargs, recipe=recipe, target=target, dynamic_shapes=sizes, progress=tell
             )
         tell("writing and running the package")
-        report = tautomer.to_python(
-            subject, folder, loaded.args, loaded.kwargs, dynamic_shapes=sizes, overwrite=overwrite
-        )
+        report = tautomer.to_python(subject, folder, loaded.args, loaded.kwargs, dynamic_shapes=sizes, overwrite=overwrite)
     _show(report, dataclasses.asdict(report), as_json)
 
 

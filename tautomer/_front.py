@@ -369,7 +369,11 @@ def to_python(
     Example: ``to_python(fast, "readable")``, then ``import readable; model = readable.load()``
     """
     rewritten = isinstance(model, Rewritten) and model.program is not None
-    program = model.program if isinstance(model, Rewritten) and rewritten else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    program = (
+        model.program
+        if isinstance(model, Rewritten) and rewritten
+        else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    )
     module = model if isinstance(model, Rewritten) and rewritten else None
     report = getattr(model, "report", None)
     rewrites = tuple(dict.fromkeys(f"{a.rewrite}: {a.claim}" for a in report.applications)) if isinstance(report, Report) else ()

@@ -136,8 +136,7 @@ def test_blocks_that_differ_in_numbers_are_one_class_with_arguments(tmp_path: Pa
     blocks = Block(hidden=32), Block(hidden=48, eps=1e-3), Block(hidden=64, eps=1e-3)
     text = agrees(Decoder(*blocks), (ids(),), tmp_path, (ids(3, 7),))
     assert text.count("class Block(") == 1
-    assert "for eps, out_features in ((1e-05, 32), (0.001, 48), (0.001, 64))" in text.replace("\n            ", "") or "eps" in text
-    assert "nn.Linear(16, out_features)" in text
+    assert "self.norm1 = nn.LayerNorm(16, eps=eps)" in text and "self.up = nn.Linear(16, out_features)" in text
 
 
 def test_blocks_that_differ_in_code_are_two_classes(tmp_path: Path) -> None:
@@ -296,7 +295,8 @@ class Choice(nn.Module):
         return self.linear(x).exp() if flip else self.linear(x + 1)
 
 
-x8: Callable[[int], Tensor] = lambda n: torch.randn(n, 8)  # noqa: E731
+def x8(batch: int) -> Tensor:
+    return torch.randn(batch, 8)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,20 @@ x8: Callable[[int], Tensor] = lambda n: torch.randn(n, 8)  # noqa: E731
         (lambda: Branches().half(), lambda n: torch.randn(n, 8, dtype=torch.float16), "auto"),
         (lambda: Shared().requires_grad_(False), x8, "auto"),
     ],
-    ids=["shared", "branches", "statistics", "tied", "convolutions", "late", "twice", "encoder", "float64", "bfloat16", "half", "frozen"],
+    ids=[
+        "shared",
+        "branches",
+        "statistics",
+        "tied",
+        "convolutions",
+        "late",
+        "twice",
+        "encoder",
+        "float64",
+        "bfloat16",
+        "half",
+        "frozen",
+    ],
 )
 def test_bits(make: Callable[[], nn.Module], call: Callable[[int], Tensor], mode: str, tmp_path: Path) -> None:
     agrees(make(), (call(3),), tmp_path, (call(2),), mode)
@@ -354,14 +367,17 @@ def test_the_rewritten_module_is_written_with_its_own_weights(tmp_path: Path) ->
         fast.blocks.get_submodule("1").up.weight.mul_(2)
     _, package = written(fast.program, tmp_path, fast)
     again = package.load()
-    bits(fast(ids(3, 7)), again(fast_ids := ids(3, 7))) if False else bits(fast(fast_ids := ids(3, 7)), again(fast_ids))
+    other = ids(3, 7)
+    bits(fast(other), again(other))
     again.load_state_dict(fast.state_dict())
     fast.load_state_dict(fast.own(again.state_dict()))
-    bits(fast(fast_ids), again(fast_ids))
+    bits(fast(other), again(other))
 
 
 def test_edits_of_a_training_recipe_are_computed_in_the_forward(tmp_path: Path) -> None:
-    fast = tautomer.optimize(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)), (x8(2),), recipe="training", target="inductor")
+    fast = tautomer.optimize(
+        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)), (x8(2),), recipe="training", target="inductor"
+    )
     text, package = written(fast.program, tmp_path, fast)
     again, x = package.load(), x8(5)
     bits(fast(x), again(x))
@@ -446,12 +462,13 @@ def test_static_sizes_stay(tmp_path: Path) -> None:
 
 
 def test_a_region_is_refused(tmp_path: Path) -> None:
-    class Cond(nn.Module):
+    class Mixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+            with torch.autocast("cpu", torch.bfloat16):
+                return x @ x.T
 
     with pytest.raises(ExportError, match="region of its own"):
-        to_python.to_python(capture(Cond(), (x8(3),)), tmp_path / "made")
+        to_python.to_python(capture(Mixed(), (x8(3),)), tmp_path / "made")
     assert not list(tmp_path.iterdir())
 
 
@@ -483,7 +500,7 @@ def test_a_folder_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         to_python.to_python(program, tmp_path / "made", check=False)
     to_python.to_python(capture(nn.Linear(8, 2), (x8(3),)), tmp_path / "made", check=False, overwrite=True)
-    assert "nn.Linear" in (tmp_path / "made" / "model.py").read_text() or "torch.empty(2, 8)" in (tmp_path / "made" / "model.py").read_text()
+    assert "torch.empty(2, 8)" in (tmp_path / "made" / "model.py").read_text()
 
 
 @pytest.mark.parametrize("folder", ["not-a-name", "missing/made"])
@@ -530,7 +547,7 @@ def test_a_wrong_package_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return to_python.Source(source.text.replace("F.gelu(", "F.relu("), source.name, source.called, source.classes)
 
     monkeypatch.setattr(to_python, "write", wrong)
-    with pytest.raises(ExportError, match="output 0 .* other bits"):
+    with pytest.raises(ExportError, match=r"output 0 .* other bits"):
         to_python.to_python(capture(Decoder(Block()), (ids(),)), tmp_path / "made")
     assert not list(tmp_path.iterdir())
 
