@@ -194,6 +194,8 @@ def wrapped(text: str, indent: int) -> list[str]:
     pad = " " * indent
     if indent + len(text) <= WIDTH:
         return [pad + text]
+    if text.startswith("return ") and len(_split(text.removeprefix("return "))) > 1:
+        text = f"return ({text.removeprefix('return ')})"
     opening, closing = _brackets(text)
     if opening is None:
         return [pad + text]

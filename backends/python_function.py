@@ -386,7 +386,7 @@ class _Writer:
 
     def _inlined(self, position: int, item: fx.Node | Call, index: Index | None) -> list[fx.Node]:
         """The operands of an item that are written inside it."""
-        found, room, last, length = list[fx.Node](), MOST - 1, dict[fx.Node, int](), 0
+        found, room, length = list[fx.Node](), MOST - 1, 0
         names = isinstance(item, fx.Node) and _wants_names(item)
         for x in self._reads(item):
             piece = self.pending.get(x)
@@ -395,28 +395,28 @@ class _Writer:
             effect = self.last_effect.get(x)
             blocked = effect is not None and any(effect < i < position for i in self.effects)
             moved = x in self.graph.ordered and x not in self.graph.effects and not isinstance(self.items[self.where[x]], Call)
-            length += sum(len(part) if isinstance(part, str) else 5 for part in piece.parts)
             if names:
                 room = 0 if _op(item) == "scaled_dot_product_attention" else 1
-            if blocked or moved or piece.cost > room or length > LONGEST or self._crosses(x, position, found, last):
-                continue
-            found.append(x)
-            room -= piece.cost
+            length += sum(len(part) if isinstance(part, str) else 5 for part in piece.parts)
+            if not blocked and not moved and piece.cost <= room and length <= LONGEST:
+                found.append(x)
+                room -= piece.cost
+        while (crossing := self._crossing(found, position)) is not None:
+            found.remove(crossing)
         return found
 
-    def _crosses(self, x: fx.Node, position: int, found: list[fx.Node], last: dict[fx.Node, int]) -> bool:
-        """Whether three and more readers of one value would run in another order: their gradients are added in that order."""
-        inside = self.within[x]
-        others = {i for y in found for i in self.within[y]}
-        times = {u: max(i for i in inside if u in self.hot[i]) for i in inside for u in self.hot[i]}
-        first = {u: min(i for i in inside if u in self.hot[i]) for u in times}
-        for u, i in first.items():
-            if any(u in self.hot[k] for k in range(i + 1, position) if k not in inside and k not in others):
-                return True
-            if last.get(u, -1) > i:
-                return True
-        last.update(times)
-        return False
+    def _crossing(self, found: list[fx.Node], position: int) -> fx.Node | None:
+        """The first operand for which three and more readers of one value would run in another order than the graph's:
+        their gradients are added in that order."""
+        inside, last = {i for x in found for i in self.within[x]}, dict[fx.Node, int]()
+        for x in found:
+            reads = [(u, i) for i in sorted(self.within[x]) for u in self.hot[i]]
+            for u, i in reads:
+                between = (k for k in range(i + 1, position) if k not in inside)
+                if last.get(u, -1) > i or any(u in self.hot[k] for k in between):
+                    return x
+            last.update(reads)
+        return None
 
     def _hot(self, item: fx.Node | Call) -> set[fx.Node]:
         """The values that an item reads and that have three readers and more."""

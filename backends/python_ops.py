@@ -138,7 +138,9 @@ def _call(node: fx.Node, given: Given, spell: Spell, function: Code, method_of: 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and not isinstance(a, fx.Node) and bool(a == b)
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node) or isinstance(a, bool) != isinstance(b, bool):
+        return False
+    return bool(a == b) if isinstance(a, (int, float)) and isinstance(b, (int, float)) else type(a) is type(b) and bool(a == b)
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------
@@ -499,6 +501,7 @@ _SPELLINGS: dict[str, Spelling] = {
     "pad": _pad, "einsum": _einsum, "cat": _joined("cat"), "stack": _joined("stack"), "one_hot": _one_hot,
     "mean": _reduction("mean"), "sum": _reduction("sum"), "amax": _reduction("amax"), "amin": _reduction("amin"),
     "split": _split, "split_with_sizes": _split,
+    "mT": lambda node, given, spell: code(within(spell(given["self"]), ATOM), ".mT"),
     "relu": lambda node, given, spell: call("F.relu", spell(given["self"])),
     "relu6": lambda node, given, spell: call("F.relu6", spell(given["self"])),
     "hardtanh": _hardtanh,

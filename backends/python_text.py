@@ -270,7 +270,7 @@ def _doc(called: Called, program: Program, rewrites: Sequence[str]) -> list[str]
     lines = [f'"""{program.name}.', "", "Inputs:", *(f"    {line}" for line in called.shapes()), ""]
     lines += textwrap.wrap(" ".join([_MODES[program.mode], *dict.fromkeys(called.notes)]), WIDTH)
     if rewrites:
-        lines += ["", "Rewritten from the original model, and checked, by:"]
+        lines += ["", "Rewritten by tautomer from the original model, each step checked:"]
         lines += [x for line in rewrites for x in textwrap.wrap(line, WIDTH, initial_indent="    ", subsequent_indent="        ")]
     return [line.replace("\\", "/").rstrip() for line in [*lines, '"""']]
 
