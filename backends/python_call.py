@@ -6,6 +6,7 @@ cache of keys and values) a tuple of its tensors.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Hashable, Iterator, Mapping
@@ -145,8 +146,9 @@ class Called:
             if re.search(r"\b(?!max|min)\w+\(|\.(?!shape\b)\w+\(", text):
                 self.notes.append(f"Only for sizes with {self.program.signature.describe(condition)}.")
                 continue
-            opposite = _opposite(text)
-            found.extend([f"if {opposite}:", f'    raise ValueError("{_inside(text)} must hold")'])
+            text = ast.unparse(ast.parse(text, mode="eval")).replace("'", '"')
+            said = f"{_inside(text)} must hold" if len(text) < 80 else "the model was not captured for these sizes"
+            found.extend([f"if {_opposite(text)}:", f'    raise ValueError("{said}")'])
         for index, node in enumerate(self.placeholders):
             value = node.meta.get("val")
             if not isinstance(value, Tensor) or not node.users:
@@ -215,7 +217,7 @@ _SIZE = re.compile(r"leaves\[\d+\]\.size\(\)\[\d+\]")
 
 
 def _needed(conditions: tuple[str, ...]) -> list[str]:
-    """The conditions without those that hold whenever two of the sizes are equal, which another condition asks for."""
+    """The conditions without those that always hold, given that sizes are equal which another condition wants equal."""
     equal = dict[str, str]()
     for condition in conditions:
         left, _, right = condition.partition(" == ")
@@ -227,7 +229,7 @@ def _needed(conditions: tuple[str, ...]) -> list[str]:
         names = list(dict.fromkeys(_SIZE.findall(text)))
         of_one = _SIZE.sub("size", text)
         defines = _SIZE.fullmatch(condition.partition(" == ")[0]) is not None
-        known = len(names) == 1 and condition != text and re.fullmatch(r"[\w\s()*+/%=<>-]+", of_one) is not None
+        known = len(names) == 1 and re.fullmatch(r"[\w\s(),*+/%=<>-]+", of_one) is not None
         if defines or not known or not _always(of_one):
             found.append(condition)
     return found
@@ -235,7 +237,7 @@ def _needed(conditions: tuple[str, ...]) -> list[str]:
 
 def _always(text: str) -> bool:
     """Whether a condition on one size holds at all of its first values."""
-    return all(bool(eval(text, {"size": size, "__builtins__": {}})) for size in range(1, 200))
+    return all(bool(eval(text, {"size": size, "min": min, "max": max, "__builtins__": {}})) for size in range(1, 200))
 
 
 def _members(tree: Plain) -> list[tuple[Any, str]]:

@@ -172,7 +172,7 @@ def _assigned(graph: Graph, dissolved: set[str]) -> tuple[Call, dict[fx.Node, Ca
 def _root_kind(graph: Graph) -> str:
     for node in graph.steps:
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-            if not path:
+            if not path and not _name(kind).startswith(("tautomer.", "torch.fx.", "torch.export.")):
                 return _name(kind)
     return graph.program.name
 

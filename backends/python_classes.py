@@ -87,7 +87,12 @@ class Classes:
     """The classes of a model, those that others need first."""
 
     def __init__(
-        self, functions: Functions, weights: Mapping[str, Weight], ties: Mapping[str, str], training: Mapping[str, bool]
+        self,
+        functions: Functions,
+        weights: Mapping[str, Weight],
+        ties: Mapping[str, str],
+        training: Mapping[str, bool],
+        taken: Iterable[str] = (),
     ) -> None:
         self.functions, self.weights, self.ties = functions, weights, ties
         self.found: dict[Hashable, Class] = {}
@@ -95,7 +100,7 @@ class Classes:
         self.root = self._tree(training)
         for module in self.root.walk():
             module.code = self._module(module)
-        self._name()
+        self._name(taken)
 
     def __iter__(self) -> Iterator[Class]:
         return iter(self.found.values())
@@ -198,7 +203,7 @@ class Classes:
         if module.path == "":
             keys = {("root",)}
         numbers = tuple(n for text in _texts(made, functions[0] if functions else None) for n in numbers_of(text))
-        wanted = _class_name(kind, module.path, self.functions.root.kind)
+        wanted = _class_name(kind, module.path)
         name = (wanted, *keys)
         found = self.found.get(name)
         if found is None:
@@ -263,8 +268,8 @@ class Classes:
     def paths(self, cls: Class) -> list[str]:
         return [path for path, (found, _) in self.instances.items() if found is cls]
 
-    def _name(self) -> None:
-        taken = {"Path", "Tensor", *TAKEN}
+    def _name(self, reserved: Iterable[str]) -> None:
+        taken = {"Path", "Tensor", "NamedTuple", *TAKEN, *reserved}
         order = [*[c for c in self if not c.path], *[c for c in self if c.path]]
         for cls in order:
             name = cls.wanted
@@ -368,9 +373,9 @@ def camel(text: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in re.split(r"[_\W]+", text) if part)
 
 
-def _class_name(kind: str, path: str, root: str) -> str:
+def _class_name(kind: str, path: str) -> str:
     module, _, name = kind.rpartition(".")
-    if not name or name in ("Sequential", "ModuleList"):
+    if name in ("", "Sequential", "ModuleList", "GraphModule"):
         last = [p for p in path.split(".") if p and not p.isdigit()][-1:]
         name = camel(last[0]) if last else "Block" if path else "Model"
         return f"{name}Weights" if not kind and path else name

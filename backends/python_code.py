@@ -200,14 +200,23 @@ def wrapped(text: str, indent: int) -> list[str]:
     if opening is None:
         return [pad + text]
     head, body, tail = text[: opening + 1], text[opening + 1 : closing], text[closing:]
-    pieces = _split(body)
     if indent + 4 + len(body) <= WIDTH and not body.endswith(","):
         return [pad + head, f"{pad}    {body}", pad + tail]
-    if len(pieces) == 1 and " for " in body:
-        first, _, rest = body.partition(" for ")
+    first, rest = _comprehension(body)
+    if rest:
         return [pad + head, *wrapped(first, indent + 4), *wrapped(f"for {rest}", indent + 4), pad + tail]
-    lines = [line for piece in pieces for line in wrapped(f"{piece},", indent + 4)]
+    lines = [line for piece in _split(body) for line in wrapped(f"{piece},", indent + 4)]
     return [pad + head, *lines, pad + tail]
+
+
+def _comprehension(body: str) -> tuple[str, str]:
+    """The two sides of ``for`` in a comprehension; the second is empty if it is none."""
+    depth = 0
+    for index, sign in _signs(body):
+        depth += (sign in "([{") - (sign in ")]}")
+        if depth == 0 and body[index:].startswith(" for "):
+            return body[:index], body[index + 5 :]
+    return body, ""
 
 
 def _brackets(text: str) -> tuple[int | None, int]:

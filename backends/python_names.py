@@ -87,7 +87,8 @@ def size_names(functions: Functions, inputs: Mapping[fx.Node, str]) -> dict[Hash
         for axis, size in enumerate(shape):
             if static(size) is not None or key(size) in found:
                 continue
-            kind = kinds.get(len(shape), ())
+            flat = len(shape) == 4 and static(shape[-1]) is not None
+            kind = ("batch", "heads", "length") if flat else kinds.get(len(shape), ())
             wanted = kind[axis] if axis < len(kind) else f"size_{axis}"
             if wanted in found.values():
                 wanted = f"{re.sub(r'_(ids|values|features)$', '', name)}_{wanted}"

@@ -260,14 +260,14 @@ def file_text(text: Text, program: Program, training: bool, rewrites: Sequence[s
     imports += ["", "import torch"] if re.search(r"\btorch\.", whole) else [""]
     imports += [f"from safetensors.torch import {'load_file, ' if constants else ''}load_model", "from torch import Tensor, nn"]
     imports += ["from torch.nn import functional as F"] if re.search(r"\bF\.", whole) else []
-    lines = [*_doc(called, program, rewrites), "", *imports, "", "HERE = Path(__file__).parent", *functions]
+    lines = [*_doc(name, called, program, rewrites), "", *imports, "", "HERE = Path(__file__).parent", *functions]
     for record in called.records.values():
         lines += record_lines(record)
     return "\n".join([*lines, code, *_load(name, training, constants), ""])
 
 
-def _doc(called: Called, program: Program, rewrites: Sequence[str]) -> list[str]:
-    lines = [f'"""{program.name}.', "", "Inputs:", *(f"    {line}" for line in called.shapes()), ""]
+def _doc(name: str, called: Called, program: Program, rewrites: Sequence[str]) -> list[str]:
+    lines = [f'"""{name}.', "", "Inputs:", *(f"    {line}" for line in called.shapes()), ""]
     lines += textwrap.wrap(" ".join([_MODES[program.mode], *dict.fromkeys(called.notes)]), WIDTH)
     if rewrites:
         lines += ["", "Rewritten by tautomer from the original model, each step checked:"]

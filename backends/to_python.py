@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,8 +147,8 @@ def write(program: Program, emitted: Rewritten, rewrites: Sequence[str] = ()) ->
         name: Weight(x, "parameter" if isinstance(x, torch.nn.Parameter) else "buffer", name in persistent)
         for name, x in held.items()
     }
-    classes, functions = _classes(graph, weights, _ties(held), twin.training)
     called = Called(twin)
+    classes, functions = _classes(graph, weights, _ties(held), called.records)
     tensors = {x: text for x, text in called.given.items() if isinstance(x.meta.get("val"), Tensor)}
     called.sizes = size_names(functions, {x: re.sub(r"\W+", "_", text).strip("_") for x, text in tensors.items()})
     text = file_text(Text(classes, called.sizes, called), twin, emitted.training, rewrites)
@@ -157,7 +157,7 @@ def write(program: Program, emitted: Rewritten, rewrites: Sequence[str] = ()) ->
 
 
 def _classes(
-    graph: Graph, weights: Mapping[str, Weight], ties: Mapping[str, str], training: Mapping[str, bool]
+    graph: Graph, weights: Mapping[str, Weight], ties: Mapping[str, str], taken: Iterable[str]
 ) -> tuple[Classes, Functions]:
     """Classes of the module tree; a module that cannot be one is dissolved, and it starts anew."""
     dissolved = _without_weights(graph, weights)
@@ -165,17 +165,17 @@ def _classes(
     while True:
         root = nested(graph, dissolved)
         functions = Functions(graph, root, held, _lists(weights, graph))
-        taken = {layer.path for layer in graph.layers.values()}
+        single = {layer.path for layer in graph.layers.values()}
         broken = set[str]()
         for call in root.calls():
             chain = call.kind == SEQUENTIAL and sequential(graph.layers, call, functions.made) is not None
-            if call.path and (call.path in taken or (not chain and (call.kind == SEQUENTIAL or _numbered(call.path, weights)))):
+            if call.path and (call.path in single or (not chain and (call.kind == SEQUENTIAL or _numbered(call.path, weights)))):
                 broken.add(call.path)
         if broken:
             dissolved |= broken
             continue
         try:
-            return Classes(functions, weights, ties, training), functions
+            return Classes(functions, weights, ties, graph.program.training, taken), functions
         except Split as split:
             if not split.path:
                 raise

@@ -567,3 +567,40 @@ def test_gradients_buffers_and_keys_are_compared() -> None:
     ):
         with pytest.raises(ExportError, match=said):
             python_check._differences(program, same, {**same, **wrong})
+
+
+# -- found in use ----------------------------------------------------------------------------------------------
+
+
+def test_a_long_list_of_different_blocks_is_wrapped_as_a_comprehension(tmp_path: Path) -> None:
+    class Mixer(nn.Module):
+        def __init__(self, a: int, b: int, c: int) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(16, a), nn.Linear(a, b), nn.Linear(b, c)
+            self.last = nn.Linear(c, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.last(self.three(self.two(self.one(x))))
+
+    blocks = (Mixer(1000 + i, 2000 + i * i, 30 + i) for i in range(5))
+    text = agrees(Decoder(*blocks), (ids(),), tmp_path, (ids(3, 7),))
+    assert "        self.blocks = nn.ModuleList(\n            Mixer(" in text and text.count("class Mixer(") == 1
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_conditions_that_always_hold_are_left_out(tmp_path: Path) -> None:
+    from tautomer.backends.python_call import _needed
+
+    a, b = "leaves[0].size()[0]", "leaves[1].size()[0]"
+    said = (f"((320*{a}) % (32*{b})) == 0", f"min(8 + 8*{a}, 16 + 16*{a}) == (8 + 8*{a})", f"{a} == {b}", f"{a} <= 40")
+    assert _needed(said) == [f"{a} == {b}", f"{a} <= 40"]
+    assert _needed(said[:1]) == [said[0]]
+
+
+def test_a_flat_program_has_its_layers(tmp_path: Path) -> None:
+    fast = tautomer.optimize(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval(), (x8(3),))
+    tautomer.save(fast, tmp_path / "saved")
+    again = tautomer.load(tmp_path / "saved")
+    tautomer.to_python(again, tmp_path / "made", (x8(3),), check=False)
+    text = (tmp_path / "made" / "model.py").read_text()
+    assert "super().__init__(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))" in text and "class Model(" in text
