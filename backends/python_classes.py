@@ -149,14 +149,19 @@ class Classes:
 
     def _module(self, module: Module) -> Code:
         """The text that makes a module."""
-        own = [c for c in module.calls if c is not self.functions.root]
-        if module.layer is not None and not own:
+        if self._has_class(module):
+            return self._class(module)
+        if module.layer is not None:
             return module.layer
-        if module.path and own and own[0].kind == SEQUENTIAL and self.sequential(own[0]) is not None:
-            return call("nn.Sequential", *self._members(module))
-        if module.path and not own and module.numbered and not module.weights:
-            return self._list(module)
-        return self._class(module)
+        return call("nn.Sequential", *self._members(module)) if module.calls else self._list(module)
+
+    def _has_class(self, module: Module) -> bool:
+        """Whether a module is of a class of the file: no layer, no plain sequence, no list."""
+        if not module.path:
+            return True
+        if module.calls:
+            return module.calls[0].kind != SEQUENTIAL or self.sequential(module.calls[0]) is None
+        return module.layer is None and (not module.numbered or bool(module.weights))
 
     def _members(self, module: Module) -> list[Code]:
         count = max(map(int, module.children), default=-1) + 1
@@ -195,7 +200,9 @@ class Classes:
                 and module.path == ""
             ):
                 functions = []
-        made += [] if base == "nn.Sequential" else self._assignments(module)
+        if base != "nn.Sequential":
+            base = "nn.Sequential" if any(name.isdigit() for name in module.children) else base
+            made += self._assignments(module)
         made += self._ties(module) + self._frozen(module)
         keys = {(_template(made, function, base)) for function in functions} or {_template(made, None, base)}
         if len(keys) > 1:
@@ -218,7 +225,7 @@ class Classes:
         for name in module.weights:
             last = name.rpartition(".")[2]
             made.append(self._weight(last, self.weights[name]))
-        for name, child in module.children.items():
+        for name, child in sorted(module.children.items(), key=lambda x: int(x[0]) if x[0].isdigit() else len(module.children)):
             assert child.code is not None
             if name.isidentifier():
                 made.append(code(f"self.{name} = ", child.code))
@@ -242,7 +249,10 @@ class Classes:
         """The ties whose two names meet in this module."""
         found = list[Code]()
         for name, first in self.ties.items():
-            if _meet(name, first) == module.path:
+            path = _meet(name, first)
+            while path and not self._has_class(_find(self.root, path)):
+                path = path.rpartition(".")[0]
+            if path == module.path:
                 prefix = f"{module.path}." if module.path else ""
                 found.append(code(attribute(name.removeprefix(prefix)), " = ", attribute(first.removeprefix(prefix)), cost=0))
         return found
@@ -381,7 +391,7 @@ def _class_name(kind: str, path: str) -> str:
         return f"{name}Weights" if not kind and path else name
     name = re.sub(r"\W", "", name.rpartition(">")[2] or name)
     if path and module.startswith("torch.nn"):
-        return name if name == "MultiheadAttention" else f"Edited{name}"
+        return f"Edited{name}" if hasattr(torch.nn, name) and name != "MultiheadAttention" else name
     return name if name.isidentifier() else "Model"
 
 

@@ -100,7 +100,6 @@ class Functions:
 
     def __init__(self, graph: Graph, root: Call, tensors: Mapping[str, Tensor], lists: Mapping[str, int]) -> None:
         self.graph, self.root, self.tensors, self.lists = graph, root, tensors, lists
-        self.owner = {item: call for call in root.calls() for item in call.items}
         self.home = {node: call for call in root.calls() for node in call.items if isinstance(node, fx.Node)}
         self.inside = {call: set(call.nodes()) for call in root.calls()}
         self.made: dict[Call, Function] = {}

@@ -604,3 +604,40 @@ def test_a_flat_program_has_its_layers(tmp_path: Path) -> None:
     tautomer.to_python(again, tmp_path / "made", (x8(3),), check=False)
     text = (tmp_path / "made" / "model.py").read_text()
     assert "super().__init__(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))" in text and "class Model(" in text
+
+
+class TiedSequence(nn.Module):
+    """A tie between members of a sequence, which has no class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Numbered(nn.Sequential):
+    """Numbered submodules beside a weight and a named one."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.scale, self.norm = nn.Parameter(torch.randn(8)), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self[1](self[0](x) * self.scale))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Numbered()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 1
+
+
+@pytest.mark.parametrize("make", [TiedSequence, Numbered, Outer])
+def test_numbered_modules_in_every_place(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    agrees(make(), (x8(3),), tmp_path, (x8(2),))
