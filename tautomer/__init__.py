@@ -26,6 +26,7 @@ from ._front import (
     optimize_parts,
     save,
     saved_tensors,
+    to_python,
     verify,
 )
 from ._inplace import Rewriting, optimize_
@@ -52,5 +53,6 @@ __all__ = [
     "save",
     "save_form",
     "saved_tensors",
+    "to_python",
     "verify",
 ]

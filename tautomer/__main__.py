@@ -90,6 +90,31 @@ def export(
 
 
 @app.command()
+def python(
+    model: Spec,
+    folder: Annotated[Path, typer.Argument(help="the package to write")],
+    rewrite: Annotated[bool, typer.Option(help="optimize first")] = True,
+    recipe: Recipe = "inference",
+    target: Target = "eager",
+    overwrite: Annotated[bool, typer.Option(help="replace a package that was written before")] = False,
+    static: Static = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as readable Python that needs no tautomer, and compare."""
+    loaded = load_model(model)
+    sizes = "static" if static else "auto"
+    subject: Any = loaded.model
+    with _progress(as_json) as tell:
+        if rewrite:
+            subject = tautomer.optimize(
+                subject, loaded.args, loaded.kwargs, recipe=recipe, target=target, dynamic_shapes=sizes, progress=tell
+            )
+        tell("writing and running the package")
+        report = tautomer.to_python(subject, folder, loaded.args, loaded.kwargs, dynamic_shapes=sizes, overwrite=overwrite)
+    _show(report, dataclasses.asdict(report), as_json)
+
+
+@app.command()
 def verify(
     reference: Spec,
     candidate: Spec,

@@ -20,6 +20,8 @@ from tautomer.backends.measure import measure
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
 from tautomer.backends.to_onnx import OnnxReport, to_onnx
+from tautomer.backends.to_python import PythonReport
+from tautomer.backends.to_python import to_python as write_python
 from tautomer.backends.to_torch import as_run, to_torch
 from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Recipe
 from tautomer.rewrite._torch import pytree
@@ -334,6 +336,48 @@ def export_onnx(
     return to_onnx(
         program, path, provider=provider, opset=opset, dynamic=dynamic_shapes != "static", check=check, rewrites=rewrites
     )
+
+
+def to_python(
+    model: Model,
+    folder: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+    overwrite: bool = False,
+) -> PythonReport:
+    """Write a model as a Python package that a person can read and maintain, and that needs no tautomer.
+
+    ``model.py`` has one class for blocks that are equal and follows the user's modules; ``weights.safetensors`` has the keys of
+    the state dict. The package is imported in a fresh process and run at two sizes: outputs and buffers must have the bits of
+    the emitted module, gradients have where sums are taken in one order. docs/python.md shows one.
+
+    Args:
+        model: a module, rewritten or not, or a program.
+        folder: the package; it appears only when it is complete and, with ``check``, agrees. Its name is that of the package.
+        args, kwargs: one example call; a rewritten module or a program has its own.
+        dynamic_shapes: as of ``capture``.
+        check: run it and compare.
+        overwrite: replace a folder that this function wrote.
+
+    Raises:
+        UsageError: the folder exists or cannot be written, or the arguments are wrong.
+        ExportError: the model holds what has no Python text, or the package does not agree.
+
+    Example: ``to_python(fast, "readable")``, then ``import readable; model = readable.load()``
+    """
+    rewritten = isinstance(model, Rewritten) and model.program is not None
+    program = (
+        model.program
+        if isinstance(model, Rewritten) and rewritten
+        else capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    )
+    module = model if isinstance(model, Rewritten) and rewritten else None
+    report = getattr(model, "report", None)
+    rewrites = tuple(dict.fromkeys(f"{a.rewrite}: {a.claim}" for a in report.applications)) if isinstance(report, Report) else ()
+    return write_python(program, folder, module=module, check=check, overwrite=overwrite, rewrites=rewrites)
 
 
 def bench(

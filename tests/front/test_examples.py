@@ -56,3 +56,13 @@ def test_the_page_about_memory_runs(tmp_path, monkeypatch, capsys):
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)
     assert "the backward keeps 12,960 bytes" in capsys.readouterr().out
+
+
+def test_the_page_about_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page, names = (ROOT / "docs/python.md").read_text(), {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert f"\n\n\n{shown}\n\ndef load(" in (tmp_path / "readable" / "model.py").read_text()

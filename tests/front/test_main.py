@@ -166,3 +166,11 @@ def test_saved(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert code == 0 and any(tensor["kind"] == "cast" for tensor in json.loads(out)["tensors"])
     code, _, err = run(monkeypatch, capsys, "saved", "mine:make", "--autocast", "float8")
     assert code == 1 and "autocast is torch.bfloat16, torch.float16 or None, not 'float8'" in err
+
+
+def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(monkeypatch, capsys, "python", "mine:make", "readable")
+    assert code == 0 and "the same bits at input[2, 6]" in out and "gradients: the same bits" in out
+    assert (folder / "readable" / "model.py").exists()
+    code, _, err = run(monkeypatch, capsys, "python", "mine:make", "readable", "--no-rewrite")
+    assert code == 1 and "readable exists" in err
