@@ -19,15 +19,12 @@ from torch import Tensor
 
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.errors import ExportError
-from tautomer.rewrite.evidence import relative_error
+from tautomer.rewrite.evidence import ROUNDING, relative_error
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.samples import samples
 
 from .python_call import Called
 from .rewritten import Rewritten
-
-TOLERANCE = 1e-5
-"""Largest relative error of a gradient whose terms are added in another order."""
 
 _SCRIPT = """
 import sys
@@ -184,8 +181,8 @@ def _differences(program: Program, wanted: Mapping[str, Any], found: Mapping[str
         )
     pairs = [(ours[name], theirs[name]) for name in ours] + list(zip(wanted["inputs"], found["inputs"], strict=True))
     errors = [0.0 if _same(x, y) else relative_error(x, y) for x, y in pairs if x is not None and y is not None]
-    half = any(x is not None and x.element_size() < 4 for x, _ in pairs)
-    if any(not error <= (2e-2 if half else TOLERANCE) for error in errors):
+    roundings = [torch.finfo(x.dtype).eps for x, y in pairs if x is not None and y is not None]
+    if any(not error <= ROUNDING * eps for error, eps in zip(errors, roundings, strict=True)):
         raise ExportError(f"a gradient of the Python of {program.name} differs: relative error {max(errors):.1e}")
     return max(errors) if errors else None
 

@@ -181,7 +181,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert files("one") == files("two")
 
 
-def test_the_layout_is_that_of_ruff_and_the_types_that_of_mypy(tmp_path: Path) -> None:
+def test_the_layout_is_that_of_ruff(tmp_path: Path) -> None:
     model = Decoder(Block(drop=0.1), Block(hidden=48, drop=0.1))
     model.register_buffer("table", torch.randn(3), persistent=False)
     to_python.to_python(capture(model, (ids(),), mode="both"), tmp_path / "made", check=False)
