@@ -261,8 +261,8 @@ def _from_shared(ctx: Any, dz: Tensor | None, centred: bool) -> tuple[Tensor | N
         return None, None, None
     y, r, weight = ctx.saved_tensors
     db = _wide(dz).reshape(-1, y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-    found = (*norm_gradients(ctx, dz, y, r, weight, centred), db)
-    return tuple(None if d is None else d.to(dtype) for d, dtype in zip(found, ctx.dtypes, strict=True))
+    found = norm_gradients(ctx, dz, y, r, weight, centred)
+    return tuple(None if d is None else d.to(dtype) for d, dtype in zip((*found, db), ctx.dtypes, strict=True))
 
 
 # -- two bits per entry ---------------------------------------------------------------------------------------
