@@ -163,7 +163,9 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def norm_gradients(ctx: Any, dz: Tensor, y: Tensor, r: Tensor, weight: Tensor | None, centred: bool) -> tuple[Tensor | None, ...]:
+def norm_gradients(
+    ctx: Any, dz: Tensor, y: Tensor, r: Tensor, weight: Tensor | None, centred: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """dx = r (dy - [mean dy] - y mean(dy y)) with dy = dz g, and dg = Σ dz y; in float32 at least."""
     dz, y = _wide(dz), _wide(y)
     dx = dw = None
@@ -224,8 +226,7 @@ def keep_ms_rms_norm(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor
 
 
 def ms_rms_norm_backward(ctx: Any, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    dx, dw, _ = _from_shared(ctx, dz, centred=False)
-    return dx, dw, None
+    return (*_from_shared(ctx, dz, centred=False)[:2], None)
 
 
 def ms_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

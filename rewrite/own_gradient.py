@@ -4,8 +4,8 @@
 
 ``torch.library.triton_op`` with a body of plain torch: ``torch.export`` keeps the op as one node together with its backward,
 Inductor fuses both, and nothing of Triton is needed. A second derivative raises: the backward is not differentiable, and a
-gradient penalty would silently get nothing. Under autocast an op that says so reads its first operand in the autocast dtype, and gives
-its weights that dtype itself, in forward and backward, so that it need not keep the copies.
+gradient penalty would silently get nothing. Under autocast an op that says so reads its first operand in the autocast dtype,
+and gives its weights that dtype itself, in forward and backward, so that it need not keep the copies.
 
 torch.compile's disk cache knows an op by its name alone: a changed body, keep or backward needs the next version in the name.
 """

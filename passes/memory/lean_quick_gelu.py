@@ -1,6 +1,6 @@
 """Let quick GELU keep its input alone, not the sigmoid as well.
 
-    quick_gelu(u) = lean_activation(u, "quick_gelu")
+quick_gelu(u) = lean_activation(u, "quick_gelu")
 """
 
 from __future__ import annotations
