@@ -24,8 +24,7 @@ from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
 from .memory.approximate_activations import ApproximateActivations
-from .memory.lean_glu import LeanGlu
-from .memory.lean_quick_gelu import LeanQuickGelu
+from .memory.lean_activations import LeanActivations
 from .memory.lean_rms_norm import LeanRmsNorm
 from .memory.recompute_inputs import RecomputeInputs
 from .memory.share_norm_output import ShareNormOutput
@@ -158,7 +157,7 @@ CLEANUP: tuple[type[Pass], ...] = (
     NameWeights,
 )
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CHOOSE, *CLEANUP)
-MEMORY: tuple[type[Pass], ...] = (LeanGlu, LeanQuickGelu, LeanRmsNorm, ShareNormOutput, RecomputeInputs)
+MEMORY: tuple[type[Pass], ...] = (LeanActivations, LeanRmsNorm, ShareNormOutput, RecomputeInputs)
 """What lets the backward keep less, with equal gradients."""
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
@@ -239,7 +238,7 @@ class Finetune(Recipe):
         raising = (kind() for kind in RAISE if kind.claim.gradient != "none")
         # Where a norm reads 32 bits and its readers 16, its output is the smaller thing to keep; else either will do.
         shared = (ShareNormOutput(self.autocast),) if self.autocast else ()
-        lean = (LeanGlu(), LeanQuickGelu(), LeanRmsNorm(), *shared, RecomputeInputs(self.autocast))
+        lean = (LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(self.autocast))
         approximate = () if self.exact else (ApproximateActivations(self.autocast),)
         return (*raising, MergeEqualExpressions(), *lean, *approximate, DropDeadCode())
 

@@ -282,8 +282,9 @@ RESILU2 = (
 
 def pack(flags: Tensor) -> Tensor:
     """Numbers 0 to 3, four in a byte along the last axis, the first in the lowest bits; the tail of a row is filled with 0."""
-    flags = F.pad(flags, (0, -flags.shape[-1] % 4)).unflatten(-1, (-1, 4))  # type: ignore[no-untyped-call]
-    a, b, c, d = flags.unbind(-1)
+    if tail := -flags.shape[-1] % 4:
+        flags = torch.cat([flags, flags.new_zeros((*flags.shape[:-1], tail))], -1)
+    a, b, c, d = (flags[..., start::4] for start in range(4))
     return a | b << 2 | c << 4 | d << 6
 
 

@@ -75,8 +75,10 @@ class ShareNormOutput(Pass):
         entries = math.prod(kept.shape)
         size = (self.autocast or value.meta["val"].dtype).itemsize
         comes = entries * size + entries // kept.shape[-1] * max(4, value.meta["val"].dtype.itemsize)
-        goes = saved.freed(names)
+        goes, again = saved.freed(names), saved.freed({layer.name for layer in layers})
         require(goes > comes, f"its output and one number per row are {comes:,} bytes; {goes:,} would go for them")
+        less = f"{goes - comes:,} bytes would be freed, and {again:,} if the layers computed it again from its input, which stays"
+        require(goes - comes >= again, less)
 
 
 def require_readers(editor: Editor, value: fx.Node) -> list[fx.Node]:
