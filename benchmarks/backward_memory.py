@@ -8,8 +8,8 @@ Bytes are observed: ``torch.autograd.graph.saved_tensors_hooks``, every storage 
 eager. The hooks see what the whole graph of ``torch.compile`` keeps, and of a checkpointed model the boundaries alone. Steps
 (forward and backward) take turns in one run, one thread, medians. Gradients are compared with eager's in the largest norm,
 worst parameter, one below a thousandth of the largest on that. "exact" is ``recipe=Finetune(autocast=…)``, "approximate" the same
-with ``exact=False``. LoRA stands on q and v alone ("lora"), or on every linear layer of the blocks ("lora-all"); everything else is
-frozen. Dropout is off.
+with ``exact=False``. LoRA stands on q and v alone ("lora"), or on every linear layer of the blocks ("lora-all"); everything else
+is frozen. Dropout is off.
 """
 
 from __future__ import annotations
