@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tautomer.rewrite._torch import oblivious_sizes
 from tautomer.rewrite.errors import ExportError, UsageError
+from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import static
 
@@ -200,7 +201,13 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
         with _quiet(), torch.no_grad(), oblivious_sizes() if degenerate else contextlib.nullcontext():
             exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
             onnx_program = torch.onnx.export(
-                exported, (), dynamo=True, opset_version=opset, optimize=False, verbose=False, custom_translation_table=rows
+                _referred(exported),
+                (),
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=rows,
             )
             assert onnx_program is not None
             # Constants only: the exporter's own fusions break rotary embeddings of free length.
@@ -210,6 +217,13 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
         missing = sorted(set(re.findall(r"No ONNX function found for.*?op='([\w.]+)'", str(error))))
         reason = f"no translation of {', '.join(missing)}" if missing else _root(error)
         raise ExportError(f"{program.name} cannot be written as ONNX opset {opset}: {reason}") from error
+
+
+def _referred(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """``exported`` with what stands for every op that has its own gradient: a file has none, and no name for it."""
+    present = {node.target for node in exported.graph.nodes}
+    bodies = {op.overload: op.reference or op.body for op in LEAN if op.overload in present}
+    return exported.run_decompositions(bodies) if bodies else exported
 
 
 def _free(program: Program) -> Iterator[list[int]]:

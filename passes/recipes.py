@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
+import torch
+
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Pass
 from tautomer.rewrite.streams import AfterDropout
@@ -21,6 +23,11 @@ from .cleanup.fold_constants import FoldConstants
 from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.name_weights import NameWeights
+from .memory.approximate_activations import ApproximateActivations
+from .memory.lean_activations import LeanActivations
+from .memory.lean_rms_norm import LeanRmsNorm
+from .memory.recompute_inputs import RecomputeInputs
+from .memory.share_norm_output import ShareNormOutput
 from .norm.fold_into_readers import FoldIntoReaders
 from .norm.fold_into_writer import FoldIntoWriter
 from .norm.fold_norm_gain import FoldNormGain
@@ -150,6 +157,8 @@ CLEANUP: tuple[type[Pass], ...] = (
     NameWeights,
 )
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CHOOSE, *CLEANUP)
+MEMORY: tuple[type[Pass], ...] = (LeanActivations, LeanRmsNorm, ShareNormOutput, RecomputeInputs)
+"""What lets the backward keep less, with equal gradients."""
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
 ON_REQUEST: tuple[type[Pass], ...] = (
@@ -161,9 +170,10 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     PrescaleRmsNorm,
     FoldNormGain,
     MergeParallelLinears,
+    ApproximateActivations,
 )
 """In no recipe, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
-PASSES: tuple[type[Pass], ...] = (*EXACT, *ON_REQUEST)
+PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
 
@@ -203,4 +213,34 @@ class Training(Recipe):
         return (*raising, LayerNormToRmsNorm(self.dropout), MergeEqualExpressions(), DropDeadCode())
 
 
-RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training)}
+@dataclass(frozen=True)
+class Finetune(Recipe):
+    """A model that keeps less for its backward: the same parameters under their names, the same trajectory of any optimizer.
+
+    Every rewrite is applied where the backward then keeps less, and nowhere else. ``tautomer.saved_tensors`` says how much.
+
+    Attributes:
+        exact: False also admits gradients that are approximate, where that keeps less than an exact rewrite does.
+        autocast: the dtype of the autocast that training runs under, if it does: it decides what is kept, and in which dtype.
+    """
+
+    name: ClassVar[str] = "finetune"
+    mode: ClassVar[str] = "both"
+    live: ClassVar[bool] = True
+    exact: bool = True
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise UsageError(f"autocast is torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
+
+    def passes(self) -> tuple[Pass, ...]:
+        raising = (kind() for kind in RAISE if kind.claim.gradient != "none")
+        # Where a norm reads 32 bits and its readers 16, its output is the smaller thing to keep; else either will do.
+        shared = (ShareNormOutput(self.autocast),) if self.autocast else ()
+        lean = (LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(self.autocast))
+        approximate = () if self.exact else (ApproximateActivations(self.autocast),)
+        return (*raising, MergeEqualExpressions(), *lean, *approximate, DropDeadCode())
+
+
+RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune)}

@@ -22,6 +22,8 @@ What everything speaks of:
 One vocabulary, and emission in it:
 
     library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
+    own_gradient.py An op with its own gradient: what it computes, what its backward keeps, and what it makes of that
+    lean.py         Ops that compute what stock ops do and keep less of it for the backward
     ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
     metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
     emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone

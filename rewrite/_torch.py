@@ -23,6 +23,7 @@ __all__ = [
     "OperatorObserver",
     "ShapeEnv",
     "autocast_region",
+    "below_autocast",
     "erased",
     "fake_mode_of",
     "guards_of",
@@ -30,6 +31,7 @@ __all__ = [
     "oblivious_sizes",
     "pytree",
     "quiet_fakes",
+    "quiet_triton",
     "set_grad_enabled_region",
     "size_functions",
     "statically_known_true",
@@ -87,6 +89,26 @@ def quiet_fakes() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def quiet_triton() -> Iterator[None]:
+    """Inside, torch does not say that a ``triton_op`` finds no Triton: ours need none."""
+    logger = logging.getLogger("torch._library.triton")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def below_autocast(device: str) -> Iterator[None]:
+    """Inside a kernel of the autocast key, calls go on to the keys below it: "cpu" or "cuda"."""
+    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device]
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        yield
 
 
 def erased(node: fx.Node) -> bool:

@@ -274,7 +274,7 @@ def agrees(program: Program, trial: Trial) -> bool | None:
 
 
 def differentiates(program: Program, call: Call) -> bool:
-    """Whether the program has the gradients of the model, at the example; a model that has none has nothing to lose.
+    """Whether the program has the gradients of the model, at the example; one without any, or without values, loses none.
 
     They are compared as ``agrees`` compares outputs, and on a share of the largest: one far below is a difference of such terms.
     """
@@ -284,7 +284,7 @@ def differentiates(program: Program, call: Call) -> bool:
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
     with undisturbed(call.model) as snapshot, snapshot.guarding(), call.in_mode(training), silence():
         theirs = _gradients(lambda: pytree.tree_leaves(call.model(*args, **kwargs)), wanted)
-    if theirs is None:
+    if theirs is None or any(x.is_meta for x in theirs):
         return True
     flags = dict(program.training)
     try:

@@ -19,6 +19,7 @@ import torch
 from torch._ops import OpOverload
 
 from .errors import PatternError
+from .lean import LEAN
 from .library import tautomer
 
 aten = torch.ops.aten
@@ -120,6 +121,7 @@ TABLE = (
     Op("glu", tautomer.glu.v1),
     Op("rotary", tautomer.rotary.v1),
     Op("normalize", tautomer.normalize.v1),
+    *(Op(own.name.partition(".")[0], own.overload) for own in LEAN),
 )
 OPS = {entry.name: entry for entry in TABLE}
 CONVOLUTIONS = (

@@ -82,9 +82,12 @@ def run_passes(
 
 
 def _chains(passes: Sequence[Pass]) -> list[list[Pass]]:
-    """Neighbours that claim equality together, every other pass alone."""
+    """Neighbours that claim equality together, every other pass alone.
+
+    Approximate gradients are no neighbours of equal ones, which would go unchecked beside them.
+    """
     chains: list[list[Pass]] = []
-    for exact, members in groupby(passes, key=lambda p: p.claim.exact):
+    for (exact, _), members in groupby(passes, key=lambda p: (p.claim.exact, p.claim.gradient == "approximate")):
         found = list(members)
         chains.extend([found] if exact else [[p] for p in found])
     return chains

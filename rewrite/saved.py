@@ -71,11 +71,13 @@ class SavedTensors:
         model: the user's class.
         tensors: one per storage, in the order they arise.
         notes: what a reader must know, one sentence each.
+        at: the kept storage of a node's value, by the node's name; views of one storage have one.
     """
 
     model: str
     tensors: tuple[SavedTensor, ...]
     notes: tuple[str, ...] = field(default=())
+    at: Mapping[str, SavedTensor] = field(default_factory=dict, repr=False)
 
     @property
     def bytes(self) -> int:
@@ -140,9 +142,18 @@ def saved_tensors(
     hooks = torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x)
     with torch.enable_grad(), quiet_fakes(), mode, KernelObserver(watch.kernel), _autocast(device, autocast), hooks:
         watch.all(feed, watch.value)
-    tensors = tuple(watch.saved())
+    tensors = watch.saved()
+    at = {name: tensors[key] for name, key in watch.values_at.items() if key in tensors}
     trainable = any(x.requires_grad for x in (*weights.values(), *feed) if isinstance(x, Tensor))
-    return SavedTensors(program.name, tensors, () if trainable else ("nothing requires a gradient: there is no backward",))
+    notes = () if trainable else ("nothing requires a gradient: there is no backward",)
+    return SavedTensors(program.name, tuple(tensors.values()), notes, at)
+
+
+def saved_in_training(program: Program, autocast: torch.dtype | None = None) -> SavedTensors:
+    """The same with every module of a program for both modes in training."""
+    twin = program.copy()
+    twin.training = dict.fromkeys(twin.training, True)
+    return saved_tensors(twin, autocast=autocast)
 
 
 class _Watch(Interpretation):
@@ -155,6 +166,7 @@ class _Watch(Interpretation):
         # The tensors stay alive: a storage that is freed could pass its identity on.
         self.made: dict[int, tuple[fx.Node, Kind, str, Tensor]] = {}
         self.needed: dict[int, dict[fx.Node, None]] = {}
+        self.values_at: dict[str, int] = {}
 
     def input(self, node: fx.Node, value: Any) -> Any:
         self.node = node
@@ -175,7 +187,7 @@ class _Watch(Interpretation):
     def value(self, node: fx.Node, value: Any) -> None:
         kind: Kind = "input" if node.op == "placeholder" else "value"
         for tensor in _tensors(value):
-            key = storage_key(tensor)
+            key = self.values_at[node.name] = storage_key(tensor)
             if node.op == "get_attr":
                 self.owned.add(key)  # statistics that the graph writes: a copy of the user's
             elif key not in self.made or self.made[key][0] is node:
@@ -188,12 +200,13 @@ class _Watch(Interpretation):
             self.needed.setdefault(key, {})[self.node] = None
         return tensor
 
-    def saved(self) -> Iterator[SavedTensor]:
+    def saved(self) -> dict[int, SavedTensor]:
+        found = {}
         for key, (node, kind, made_by, tensor) in self.made.items():
             readers = self.needed.get(key)
             if readers is None:
                 continue
-            yield SavedTensor(
+            found[key] = SavedTensor(
                 node.name,
                 kind,
                 made_by,
@@ -205,6 +218,7 @@ class _Watch(Interpretation):
                 path_of(node),
                 source_of(node),
             )
+        return found
 
 
 _NORMS = {aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default}

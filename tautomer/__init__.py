@@ -9,6 +9,7 @@ tautomer.nn has norms for models that will be trained.
 """
 
 from tautomer.backends.form import load_form, save_form
+from tautomer.passes.recipes import Finetune, Inference, Training
 
 from . import nn as nn
 from ._front import (
@@ -35,7 +36,10 @@ from ._replay import bisect, replay
 __all__ = [
     "Catalogue",
     "Explanation",
+    "Finetune",
+    "Inference",
     "Rewriting",
+    "Training",
     "bench",
     "bisect",
     "capture",

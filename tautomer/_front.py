@@ -115,7 +115,7 @@ def optimize(
         model: a module (never written), an ``ExportedProgram`` or a ``Program``.
         args, kwargs: one example call; batch 1 is fine.
         recipe: what to apply, by name or as a recipe: "inference", or "training" for a model that will be trained (the
-            user's parameters stay and are edited inside the forward; ``fold`` afterwards).
+            user's parameters stay and are edited inside the forward; ``fold`` afterwards), or "finetune" (and it keeps less).
         passes: exactly these instead, by name or as passes, in this order; nobody asks whether they pay.
         target: where it should pay: "eager", "inductor", "onnxruntime".
         data: example calls for rewrites that measure: an iterable of tensors, tuples of arguments or dicts of keyword

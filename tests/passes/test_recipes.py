@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import tautomer
+from tautomer.rewrite.errors import UsageError
 
 IMAGE = torch.randn(2, 3, 16, 16)
 
@@ -109,3 +112,73 @@ def test_onnx_has_convolutions_alone(randomized, tmp_path):
     report = tautomer.export_onnx(fast, tmp_path / "resnet.onnx", (IMAGE,))
     assert "7 Conv" in str(report) or "6 Conv" in str(report)
     assert "BatchNormalization" not in str(report) and "Mul" not in str(report)
+
+
+class Half(nn.Module):
+    """A pre-norm block with hand-written attention, dropout and a gated MLP; LoRA-like: some of it is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.n1, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.n2, self.gate, self.up, self.down = nn.RMSNorm(16), nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.n3, self.f1, self.f2, self.drop = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16), nn.Dropout(0.3)
+        self.f2.requires_grad_(False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.n1(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        x = x + self.drop(self.out(((q @ k.mT * 8**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        z = self.n2(x)
+        x = x + self.down(F.silu(self.gate(z)) * self.up(z))
+        return x + self.drop(self.f2(F.gelu(self.f1(self.n3(x)))))
+
+
+def trajectory(model, x, autocast=None):
+    """Losses of AdamW with weight decay; dropout draws the same numbers everywhere."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1), []
+    torch.manual_seed(1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_finetuned_model_goes_the_way_of_the_original_and_keeps_less(autocast):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Half(), Half()).train(), torch.randn(3, 10, 16)
+    lean = tautomer.optimize(copy.deepcopy(model), (x,), recipe=tautomer.Finetune(autocast=autocast))
+    assert {a.rewrite for a in lean.report.applications} >= {"raise-attention", "lean-activations", "recompute-inputs"}
+    assert lean.report.fired("share-norm-output") == (6 if autocast else 0)
+    before, after = (tautomer.saved_tensors(m, *a, autocast=autocast).bytes for m, a in ((model, [(x,)]), (lean, [])))
+    assert after < 0.7 * before
+    assert lean.state_dict().keys() == model.state_dict().keys()
+    reloaded = copy.deepcopy(lean)
+    ours, theirs = trajectory(lean, x, autocast), trajectory(copy.deepcopy(model), x, autocast)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2 if autocast else 1e-5, atol=0)
+    other = torch.randn(2, 7, 16)
+    torch.testing.assert_close(reloaded.eval()(other), model.eval()(other))
+
+
+def test_approximate_gradients_stand_where_no_exact_rewrite_is_as_good():
+    model, x = nn.Sequential(Half(), Half()), torch.randn(3, 10, 16)
+    exact, approximate = (tautomer.optimize(model, (x,), recipe=tautomer.Finetune(exact=e)) for e in (True, False))
+    assert approximate.report.fired("approximate-activations") == 2 and not exact.report.fired("approximate-activations")
+    less = tautomer.saved_tensors(exact).bytes - tautomer.saved_tensors(approximate).bytes
+    assert less == 2 * 30 * (4 * 32 - 8)
+    assert torch.equal(exact.eval()(x), approximate.eval()(x))
+
+
+def test_a_dtype_that_autocast_has_not_is_refused():
+    with pytest.raises(UsageError, match="autocast is"):
+        tautomer.Finetune(autocast=torch.float32)
+
+
+def test_attention_written_by_hand_keeps_no_square_of_the_length():
+    model, x = nn.Sequential(Half()), torch.randn(3, 50, 16)
+    before, after = (tautomer.saved_tensors(m, (x,)) for m in (model, tautomer.optimize(model, (x,), recipe="finetune")))
+    square = 4 * 3 * 2 * 50 * 50
+    assert any(t.bytes == square for t in before.tensors) and not any(t.bytes >= square for t in after.tensors)

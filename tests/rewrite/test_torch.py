@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,19 @@ def test_kernel_observer():
 def test_pytree_and_fake_tensor(exported):
     assert _torch.pytree.tree_leaves([1, (2, None)]) == [1, 2, None]
     assert isinstance(next(n for n in exported.graph.nodes if n.name == "x").meta["val"], _torch.FakeTensor)
+
+
+def test_below_autocast_calls_are_not_cast():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with _torch.below_autocast("cpu"):
+            assert (x @ x).dtype == torch.float32
+
+
+def test_quiet_triton():
+    logger = logging.getLogger("torch._library.triton")
+    before = logger.level
+    with _torch.quiet_triton():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert logger.level == before

@@ -1,0 +1,183 @@
+"""Let linear layers keep what their input is computed from, where that is kept anyway, instead of the input.
+
+    h = gelu(u), linear(h, W, b) = h, linear_from(h, W, b, "gelu", u)
+
+The gradient of W needs h. The activation before the layer keeps u, and gelu(u) is cheap: the backward computes it again. So do a
+gated unit, which keeps gate and up, and a norm, which keeps its input. The forward does not change. Which storages go is
+asked of the whole program (rewrite/saved.py): an input that something else keeps too stays, and is refused.
+
+Liger-Kernel fuses SwiGLU and GEGLU with this saving (arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from tautomer.rewrite.claims import ALGEBRAIC
+from tautomer.rewrite.diagonal import again
+from tautomer.rewrite.emit import Editor, GraphOps
+from tautomer.rewrite.engine import substitute
+from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.ops import OPS, normal
+from tautomer.rewrite.pass_base import Context, Pass, Purpose
+from tautomer.rewrite.program import Program, place, target_name
+from tautomer.rewrite.saved import SavedTensors, saved_in_training
+from tautomer.rewrite.weights import leaves
+
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a value is computed from, as ``linear_from`` reads it: by(a, p, q, k)."""
+
+    by: str
+    a: fx.Node
+    p: fx.Node | None = None
+    q: fx.Node | None = None
+    k: float | None = None
+
+    @property
+    def tensors(self) -> tuple[fx.Node, ...]:
+        return tuple(x for x in (self.a, self.p, self.q) if x is not None)
+
+
+class RecomputeInputs(Pass):
+    """Inputs of linear layers are computed again in the backward; see the module.
+
+    Args:
+        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    """
+
+    claim = ALGEBRAIC("none in the forward; a weight's gradient may be summed in another order")
+    paper: ClassVar[str] = "arXiv:2410.10989"
+    purpose: ClassVar[Purpose] = "memory"
+
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        self.autocast = autocast
+
+    def run(self, program: Program, context: Context) -> None:
+        saved, editor = saved_in_training(program, self.autocast), Editor(program)
+        for value in reversed(list(program.graph.nodes)):  # names of ``saved`` above a value are then still those of the graph
+            layers = [user for user in value.users if user.target is LINEAR and user.args[0] is value]
+            source = source_of(value)
+            if source is None or not layers or not context.admits(self, value):
+                continue
+            try:
+                layers = require_keepers(editor, layers)
+                require_gain(saved, editor, value, source, layers)
+                make = partial(emit, value=value, source=source, layers=layers)
+                substitute(self, [value, *layers], make, editor, context)
+            except Refused as refusal:
+                context.refused(self, value, str(refusal))
+
+
+def emit(op: GraphOps, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """``value`` made once more, and every layer on it."""
+    new = made_again(op, value)
+    return [new, *(layer_from(op, layer, new, source) for layer in layers)]
+
+
+def layer_from(op: GraphOps, layer: fx.Node, x: fx.Node, source: Source) -> fx.Node:
+    _, W, b = normal(layer)
+    op.anchor = op.origin = layer
+    result: fx.Node = op.linear_from(x, W, b, source.by, source.a, source.p, source.q, source.k)
+    return result
+
+
+def made_again(op: GraphOps, value: fx.Node) -> fx.Node:
+    """A call equal to ``value``, so that the check knows what the input of the layers is made of."""
+    if value.target is not operator.getitem:
+        return again(op, value, {})
+    call, index = value.args
+    result: fx.Node = op.getitem(again(op, call, {}), index)  # type: ignore[arg-type]
+    return result
+
+
+# -- what a value is made of ----------------------------------------------------------------------------------
+
+
+_ACTIVATIONS = {
+    aten.silu.default: "silu",
+    aten.mish.default: "mish",
+    aten.hardswish.default: "hardswish",
+    aten.square.default: "square",
+    OPS["quick_gelu"].target: "quick_gelu",
+}
+
+
+def source_of(value: fx.Node) -> Source | None:
+    """How a value can be computed again at the price of a pass over it; None if it cannot."""
+    if value.op != "call_function":
+        return None
+    if value.target in _ACTIVATIONS:
+        return Source(_ACTIVATIONS[value.target], value.args[0])  # type: ignore[arg-type,index]
+    if value.target is operator.getitem:
+        call, index = value.args
+        if not isinstance(call, fx.Node) or call.target is not OPS["lean_rms_norm"].target or index != 0:
+            return None
+        x, g, eps = normal(call)
+        return Source("rms_norm", x, g, k=eps)
+    operands: Any = normal(value)
+    match value.target:
+        case aten.gelu.default:
+            u, approximate = operands
+            return Source("gelu_tanh" if approximate == "tanh" else "gelu", u)
+        case aten.pow.Tensor_Scalar:
+            return Source("square", operands[0]) if operands[1] == 2 else None
+        case aten.layer_norm.default:
+            x, shape, g, b, eps, _ = operands
+            return Source("layer_norm", x, g, b, eps) if len(shape) == 1 else None
+        case aten.rms_norm.default:
+            x, shape, g, eps = operands
+            return Source("rms_norm", x, g, k=eps) if len(shape) == 1 else None
+    if value.target in (OPS["glu"].target, OPS["lean_glu"].target):
+        gate, up, by = operands
+        return Source(by, gate, up)
+    return Source(operands[1], operands[0]) if value.target is OPS["lean_activation"].target else None
+
+
+# -- what goes and what comes ---------------------------------------------------------------------------------
+
+
+def require_keepers(editor: Editor, layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of ``layers`` that keep their input for the gradient of their weight.
+
+    Raises:
+        Refused: none does.
+    """
+    kept = [layer for layer in layers if trains(editor, layer.args[1])]
+    frozen = f"the weight of {', '.join(map(place, layers))} does not train, so its input is not kept"
+    require(kept, frozen)
+    return kept
+
+
+def trains(editor: Editor, weight: Any) -> bool:
+    """Whether ``weight`` gets a gradient, as far as is known: what is computed at run time may."""
+    expression = editor.expression(weight)
+    return expression is None or any(editor.program.weights.leaves[leaf].requires_grad for leaf in leaves(expression))
+
+
+def require_gain(saved: SavedTensors, editor: Editor, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> None:
+    """Refuse where ``value`` stays, or what it is computed from would come in its place."""
+    names = {layer.name for layer in layers}
+    require(saved.freed(names), f"{stays(saved, value, names)}: computing it again would free nothing")
+    for x in source.tensors:
+        kept = saved.at.get(x.name)
+        if not editor.constant(x) and (kept is None or names.issuperset(kept.needed_by)):
+            raise Refused(f"{target_name(x)} '{x.name}', which it is computed from, is not kept: it would be, in its place")
+
+
+def stays(saved: SavedTensors, value: fx.Node, names: Collection[str]) -> str:
+    """Who keeps ``value`` besides the nodes of these names, as a clause."""
+    kept = saved.at.get(value.name)
+    others = [] if kept is None else [name for name in kept.needed_by if name not in names]
+    return f"what {target_name(value)} returns is kept by {', '.join(others)} too" if others else "nothing of it is kept"

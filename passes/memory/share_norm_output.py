@@ -1,0 +1,105 @@
+"""Let a norm keep its output, which the linear layers behind it keep anyway, instead of its input.
+
+    z = layer_norm(x, g, b)     linear(z, W, c)
+      =  z, y = ms_layer_norm(x, g, b)     linear_from(z, W, c, "affine", y, g, b)        y = (z - b) / g, before gain and shift
+
+    dx = r (dy - mean dy - y mean(dy y))        needs y and r, not x;  and z = y g + b
+
+So x goes and y, which has the dtype in which the layers read it (16 bits under autocast), serves all. Gain and shift stay the
+user's parameters: nothing is folded, any optimizer goes its way as before. The same for RMSNorm.
+
+Only where a layer keeps the norm's output: not if every reader is frozen or reads it through a dropout (which keeps its own
+copy), and not if something else keeps x as well.
+
+arXiv:2406.16282 (MS-LN, MS-RMSNorm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tautomer.rewrite.claims import ALGEBRAIC
+from tautomer.rewrite.emit import Editor, GraphOps
+from tautomer.rewrite.engine import substitute
+from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.pass_base import Context, Pass, Purpose
+from tautomer.rewrite.program import Program, place
+from tautomer.rewrite.saved import SavedTensors, saved_in_training
+
+from .recompute_inputs import LINEAR, Source, layer_from, require_keepers, source_of
+
+_NORMS = ("layer_norm", "rms_norm")
+
+
+class ShareNormOutput(Pass):
+    """Norms keep their output, which the linear layers behind them share; see the module.
+
+    Args:
+        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    """
+
+    claim = ALGEBRAIC("none in the forward; the gradient reads y rounded to the dtype in which the layers read it")
+    paper: ClassVar[str] = "arXiv:2406.16282"
+    purpose: ClassVar[Purpose] = "memory"
+
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        self.autocast = autocast
+
+    def run(self, program: Program, context: Context) -> None:
+        saved, editor = saved_in_training(program, self.autocast), Editor(program)
+        for value in reversed(list(program.graph.nodes)):
+            source = source_of(value)
+            if source is None or source.by not in _NORMS or not context.admits(self, value):
+                continue
+            try:
+                layers = require_readers(editor, value)
+                self.require_gain(saved, value, layers)
+                substitute(self, [value, *layers], partial(emit, value=value, source=source, layers=layers), editor, context)
+            except Refused as refusal:
+                context.refused(self, value, str(refusal))
+
+    def require_gain(self, saved: SavedTensors, value: fx.Node, layers: Sequence[fx.Node]) -> None:
+        """Refuse where y and r are not less than what goes for them."""
+        call = value.all_input_nodes[0] if value.args[1:] == (0,) else value
+        names = {call.name, *(layer.name for layer in layers)}
+        casts = (tensor for tensor in saved.tensors if tensor.kind == "cast" and tensor.node in names)
+        kept = saved.at.get(value.name) or next(casts, None)
+        require(kept, "nothing of what it returns is kept")
+        assert kept is not None
+        entries = math.prod(kept.shape)
+        size = (self.autocast or value.meta["val"].dtype).itemsize
+        comes = entries * size + entries // kept.shape[-1] * max(4, value.meta["val"].dtype.itemsize)
+        goes, again = saved.freed(names), saved.freed({layer.name for layer in layers})
+        require(goes > comes, f"its output and one number per row are {comes:,} bytes; {goes:,} would go for them")
+        less = f"{goes - comes:,} bytes would be freed, and {again:,} if the layers computed it again from its input, which stays"
+        require(goes - comes >= again, less)
+
+
+def require_readers(editor: Editor, value: fx.Node) -> list[fx.Node]:
+    """The linear layers that keep ``value``.
+
+    Raises:
+        Refused: there is none.
+    """
+    layers = [user for user in value.users if user.target is LINEAR and user.args[0] is value]
+    dropout = next((user for user in value.users if user.target is torch.ops.aten.dropout.default), None)
+    try:
+        require(layers, "no linear layer reads it")
+        return require_keepers(editor, layers)
+    except Refused as refusal:
+        through = f"; {place(dropout)} drops entries out and what reads that keeps another tensor" if dropout else ""
+        raise Refused(f"{refusal}{through}") from None
+
+
+def emit(op: GraphOps, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """The norm that keeps its output, and every layer on it."""
+    x, g, b, eps = source.a, source.p, source.q, source.k
+    norm = op.ms_layer_norm(x, g, b, eps) if source.by == "layer_norm" else op.ms_rms_norm(x, g, eps)
+    z, y = op.getitem(norm, 0), op.getitem(norm, 1)
+    return [z, *(layer_from(op, layer, z, Source("affine", y, g, b)) for layer in layers)]
