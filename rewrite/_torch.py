@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,10 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "KernelObserver",
     "OperatorObserver",
     "ShapeEnv",
     "autocast_region",
+    "backend_named",
+    "copy_input",
     "erased",
     "fake_mode_of",
     "guards_of",
@@ -33,7 +39,9 @@ __all__ = [
     "set_grad_enabled_region",
     "size_functions",
     "statically_known_true",
+    "source_of_input",
     "storage_key",
+    "traced",
     "unlifted_module",
 ]
 
@@ -136,3 +144,41 @@ class KernelObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.after(func, args, func(*args, **(kwargs or {})))
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------
+
+
+def source_of_input(node: fx.Node) -> str:
+    """Where dynamo took an input from, as Python over ``L``, the caller's locals: ``L['self']._parameters['weight']``."""
+    source = getattr(node, "_dynamo_source", None)
+    return str(source.name) if source is not None else ""
+
+
+def copy_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """An input of a graph of dynamo's in another graph, with all that the compilers behind it read of it."""
+    copy = graph.node_copy(node)
+    copy.meta = dict(node.meta)
+    if hasattr(node, "_dynamo_source"):
+        copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    return copy
+
+
+def traced(run: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """``run`` on fake inputs as ATen calls, before autograd, autocast and decomposition; regions without gradients or with
+    autocast are one node each, as ``torch.export`` writes them. Nodes keep the provenance of an ``fx.Interpreter`` in ``run``.
+    """
+    from torch._export.passes.replace_autocast_with_hop_pass import replace_autocast_with_hop_pass
+    from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
+
+    with fx_traceback.preserve_node_meta(), mode:
+        graph_module = make_fx(run, pre_dispatch=True)(*inputs)
+    for separate in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
+        graph_module, _ = separate(graph_module, None)
+    return graph_module
+
+
+def backend_named(name: Any, mode: str | None, options: Any) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """A backend of torch.compile under its ``mode`` and ``options``."""
+    wrapper = torch._TorchCompileInductorWrapper if name == "inductor" else torch._TorchCompileWrapper
+    return wrapper(name, mode, options, None) if name != "inductor" else wrapper(mode, options, None)  # type: ignore[no-any-return,call-arg]
