@@ -5,17 +5,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, fx
 
 from tautomer.rewrite._torch import copy_input
+from tautomer.rewrite.errors import require
 from tautomer.rewrite.lifted import Lifted
 from tautomer.rewrite.program import inherit
+from tautomer.rewrite.shapes import tensor_key
 
 from .to_torch import as_run, body
 
 
 def to_lifted(lifted: Lifted, graph_module: fx.GraphModule) -> None:
-    """Let ``graph_module``, which ``lifted`` was made from, compute ``lifted.program``; what compilers know of its inputs stays."""
+    """Let ``graph_module``, which ``lifted`` was made from, compute ``lifted.program``; what compilers know of its inputs stays.
+
+    Raises:
+        Refused: an output is no longer what the code around the graph was compiled for.
+    """
     program = as_run(lifted.program)
     graph = fx.Graph()
     inputs = [copy_input(graph, node) for node in graph_module.graph.find_nodes(op="placeholder")]
@@ -30,6 +39,9 @@ def to_lifted(lifted: Lifted, graph_module: fx.GraphModule) -> None:
             held[name] = program.weights.value(target) if target in program.weights else body(program.regions[target])
             mapped[node] = graph.create_node("get_attr", name)
             continue
+        if node.op == "output":
+            graph.output(_like_before(graph, node, graph_module.graph.output_node(), mapped))
+            continue
         mapped[node] = graph.node_copy(node, mapped.__getitem__)
         mapped[node].meta = {}
         inherit(mapped[node], node)
@@ -39,3 +51,19 @@ def to_lifted(lifted: Lifted, graph_module: fx.GraphModule) -> None:
         else:
             graph_module.add_module(name, value)
     graph_module.graph = graph
+
+
+def _like_before(graph: fx.Graph, output: fx.Node, before: fx.Node, mapped: dict[fx.Node, fx.Node]) -> tuple[Any, ...]:
+    """The outputs down to their strides: the code around the graph may have asked for them while it was traced."""
+    results = []
+    for new, old in zip(output.args[0], before.args[0], strict=True):  # type: ignore[arg-type]
+        result = mapped[new] if isinstance(new, fx.Node) else new
+        mine, theirs = (x.meta.get(key) if isinstance(x, fx.Node) else None for x, key in ((new, "val"), (old, "example_value")))
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            (shape, strides, *rest), (wanted, steps, *others) = tensor_key(mine), tensor_key(theirs)
+            require((shape, rest) == (wanted, others), "an output would have another shape or dtype")
+            if strides != steps:
+                require(theirs.is_contiguous(), "an output would have other strides")
+                result = graph.call_function(torch.ops.aten.contiguous.default, (result,))
+        results.append(result)
+    return tuple(results)

@@ -180,5 +180,6 @@ def traced(run: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode)
 
 def backend_named(name: Any, mode: str | None, options: Any) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A backend of torch.compile under its ``mode`` and ``options``."""
-    wrapper = torch._TorchCompileInductorWrapper if name == "inductor" else torch._TorchCompileWrapper
-    return wrapper(name, mode, options, None) if name != "inductor" else wrapper(mode, options, None)  # type: ignore[no-any-return,call-arg]
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
+    return torch._TorchCompileWrapper(name, mode, options, None)  # type: ignore[no-any-return,no-untyped-call]

@@ -158,8 +158,8 @@ def _input_name(node: fx.Node) -> str:
 
 def _signature(module: fx.GraphModule, names: tuple[str, ...]) -> Signature:
     stacks = (list((node.meta.get("nn_module_stack") or {}).values()) for node in module.graph.nodes)
-    kind = next((stack[0][1] for stack in stacks if stack), "graph")
-    owner = getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    roots = [stack[0][1] for stack in stacks if stack and not _user_path(stack[0][0])]
+    owner = str(getattr(roots[0], "__name__", roots[0])) if roots else "graph"
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
     in_spec, out_spec = (pytree.tree_structure(tree) for tree in ((tuple(range(len(names))), {}), tuple(range(len(outputs)))))
     return Signature(owner, (), len(names), (), in_spec, out_spec, {}, names)

@@ -11,6 +11,7 @@ tautomer.nn has norms for models that will be trained.
 from tautomer.backends.form import load_form, save_form
 
 from . import nn as nn
+from ._compiler import CompiledGraph, Compiler, compiler
 from ._front import (
     Catalogue,
     Explanation,
@@ -33,12 +34,15 @@ from ._replay import bisect, replay
 
 __all__ = [
     "Catalogue",
+    "CompiledGraph",
+    "Compiler",
     "Explanation",
     "Rewriting",
     "bench",
     "bisect",
     "capture",
     "catalogue",
+    "compiler",
     "draw",
     "explain",
     "export_onnx",
