@@ -1,6 +1,6 @@
 """Emit a program as the graph it was lifted from: the same inputs in the same places, weights among them.
 
-    program(x) over the weights W   →   g(W, n, x)        an edit of W is computed at every call
+program(x) over the weights W   →   g(W, n, x)        an edit of W is computed at every call
 """
 
 from __future__ import annotations

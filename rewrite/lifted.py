@@ -1,4 +1,4 @@
-"""A graph whose parameters are inputs becomes a program: what torch.compile hands to a backend, and a way to run what became of it.
+"""A graph whose parameters are inputs, as torch.compile hands it to a backend, becomes a program.
 
     f(W, b, n, x)  with f of torch functions   =   program(x)  over the weights W and b, of ATen calls
 
@@ -24,7 +24,7 @@ from .build import translate
 from .canonical import canonicalize
 from .errors import Refused, require
 from .functional import functionalize
-from .program import Program
+from .program import Program, target_name
 from .shapes import key
 from .signature import Signature
 from .weights import Weights
@@ -82,7 +82,7 @@ def lift(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
 def _check(graph_module: fx.GraphModule, fakes: Sequence[Any], inputs: Sequence[Any]) -> FakeTensorMode:
     for node in graph_module.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
-            raise Refused(f"it calls '{node.target.name()}', which hides a graph")
+            raise Refused(f"it calls '{target_name(node)}', which hides a graph")
     for fake, value in zip(fakes, inputs, strict=True):
         sized = isinstance(fake, torch.SymInt) and isinstance(value, torch.SymInt | int)
         known = isinstance(fake, FakeTensor) and not isinstance(value, FakeTensor)
@@ -161,5 +161,5 @@ def _signature(module: fx.GraphModule, names: tuple[str, ...]) -> Signature:
     roots = [stack[0][1] for stack in stacks if stack and not _user_path(stack[0][0])]
     owner = str(getattr(roots[0], "__name__", roots[0])) if roots else "graph"
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
-    in_spec, out_spec = (pytree.tree_structure(tree) for tree in ((tuple(range(len(names))), {}), tuple(range(len(outputs)))))
-    return Signature(owner, (), len(names), (), in_spec, out_spec, {}, names)
+    in_spec = pytree.tree_structure((tuple(range(len(names))), {}))
+    return Signature(owner, (), len(names), (), in_spec, pytree.tree_structure(tuple(range(len(outputs)))), {}, names)

@@ -200,24 +200,15 @@ def undisturbed(model: nn.Module) -> Iterator[Snapshot]:
     Inside there is no autocast and no inference mode, and gradients are enabled.
     """
     snapshot = Snapshot(model)
-    try:
-        with same_generators(), torch.inference_mode(False), torch.enable_grad(), no_autocast():
-            yield snapshot
-    finally:
-        snapshot.restore()
-
-
-@contextlib.contextmanager
-def same_generators() -> Iterator[None]:
-    """Whatever is drawn inside, the random generators are restored afterwards."""
     numpy_random = getattr(sys.modules.get("numpy"), "random", None)
     numpy_state = numpy_random.get_state() if numpy_random else None
     python_state = random.getstate()
     gpus = range(torch.cuda.device_count()) if _has_gpu() else ()
     try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
+        with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad(), no_autocast():
+            yield snapshot
     finally:
+        snapshot.restore()
         random.setstate(python_state)
         if numpy_random:
             numpy_random.set_state(numpy_state)

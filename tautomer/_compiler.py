@@ -7,8 +7,7 @@ What cannot be taken, rewritten or compiled goes on as it was: a compilation fai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -24,7 +23,7 @@ from tautomer.rewrite.lifted import lift
 from tautomer.rewrite.pass_base import Context, Log
 from tautomer.rewrite.pipeline import run_passes
 from tautomer.rewrite.program import source_of
-from tautomer.rewrite.record import same_generators, silence
+from tautomer.rewrite.record import silence
 from tautomer.rewrite.report import Report, Size
 
 
@@ -105,14 +104,13 @@ class Compiler:
     def _rewrite(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Report:
         """Rewrite a graph in place; it is as it was if nothing fires."""
         start = perf_counter()
-        with _nothing_left_behind():
-            recipe = Compile(trains=torch.is_grad_enabled())
-            lifted = lift(graph_module, inputs)
-            original, seconds = lifted.program.copy(), perf_counter() - start
-            with torch.inference_mode(False), torch.enable_grad():
-                outcome = run_passes(recipe.passes(), lifted.program, Context(log=Log()), check=self.check)
-            if outcome.log.applications:
-                to_lifted(lifted, graph_module)
+        recipe = Compile(trains=torch.is_grad_enabled())
+        lifted = lift(graph_module, inputs)
+        original, seconds = lifted.program.copy(), perf_counter() - start
+        with torch.inference_mode(False), torch.enable_grad():
+            outcome = run_passes(recipe.passes(), lifted.program, Context(log=Log()), check=self.check)
+        if outcome.log.applications:
+            to_lifted(lifted, graph_module)
         return Report(
             lifted.program.name,
             str(getattr(self.then, "__name__", self.then)),
@@ -125,21 +123,6 @@ class Compiler:
             None,
             {"capture": seconds} | outcome.seconds,
         )
-
-
-@contextmanager
-def _nothing_left_behind() -> Iterator[None]:
-    """Inside, what is drawn and what autocast casts is not seen by the user's program.
-
-    A weight that is cast without gradients and remembered would not train: autocast hands the same cast to the next reader.
-    """
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with same_generators():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
 
 
 def _sentence(failure: Exception) -> str:
