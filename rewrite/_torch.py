@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ __all__ = [
     "ShapeEnv",
     "autocast_region",
     "backend_named",
+    "compile_package",
     "copy_input",
+    "cpp_compiler",
     "erased",
     "fake_mode_of",
     "guards_of",
+    "load_package",
     "no_new_guards",
     "oblivious_sizes",
     "pytree",
@@ -183,3 +187,28 @@ def backend_named(name: Any, mode: str | None, options: Any) -> Callable[[fx.Gra
     if name == "inductor":
         return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
     return torch._TorchCompileWrapper(name, mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
+
+
+# -- AOTInductor ----------------------------------------------------------------------------------------------
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would call, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
+
+
+def compile_package(exported: torch.export.ExportedProgram, file: Path) -> None:
+    """Compile an exported program and write it with its weights to ``file``, whose name ends in ".pt2"."""
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
+
+
+def load_package(file: Path) -> Callable[..., Any]:
+    """What ``compile_package`` wrote, as a function with the call that was exported."""
+    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(file))
+    return loaded
