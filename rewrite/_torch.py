@@ -26,6 +26,7 @@ __all__ = [
     "HigherOrderOperator",
     "KernelObserver",
     "OperatorObserver",
+    "Replay",
     "ShapeEnv",
     "autocast_region",
     "backend_named",
@@ -168,9 +169,36 @@ def copy_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return copy
 
 
+class Replay(fx.Interpreter):
+    """Runs a graph of dynamo's. Autocast that the graph enters is entered; the call alone is only recorded in a trace."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.entered: list[torch.autocast] = []
+
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        try:
+            return super().run(*args)
+        finally:
+            while self.entered:
+                self.leave()
+
+    def leave(self) -> None:
+        self.entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self.leave()
+        if target is not torch.amp.autocast_mode._enter_autocast:
+            return super().call_function(target, args, kwargs)
+        device, dtype, enabled, cached = args
+        self.entered.append(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
+        return self.entered[-1].__enter__()  # type: ignore[no-untyped-call]
+
+
 def traced(run: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
     """``run`` on fake inputs as ATen calls, before autograd, autocast and decomposition; regions without gradients or with
-    autocast are one node each, as ``torch.export`` writes them. Nodes keep the provenance of an ``fx.Interpreter`` in ``run``.
+    autocast are one node each, as ``torch.export`` writes them. Nodes keep the provenance of an interpreter in ``run``.
     """
     from torch._export.passes.replace_autocast_with_hop_pass import replace_autocast_with_hop_pass
     from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass

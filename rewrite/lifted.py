@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._torch import FakeTensor, FakeTensorMode, HigherOrderOperator, pytree, set_grad_enabled_region, source_of_input, traced
+from ._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    HigherOrderOperator,
+    Replay,
+    pytree,
+    set_grad_enabled_region,
+    source_of_input,
+    traced,
+)
 from .build import translate
 from .canonical import canonicalize
 from .errors import Refused, require
@@ -62,7 +71,7 @@ def lift(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
     def run(*given: Any) -> Any:
         values = dict(zip(leaves, given, strict=True))
         values |= {index: values[tensor].shape[axis] for index, (tensor, axis) in sizes.items()}
-        return fx.Interpreter(graph_module).run(*[values[index] for index in range(len(nodes))])
+        return Replay(graph_module).run(*[values[index] for index in range(len(nodes))])
 
     module = traced(run, [fakes[index] for index in leaves], mode)
     regions = module.graph.find_nodes(op="call_function", target=set_grad_enabled_region)
@@ -157,9 +166,6 @@ def _input_name(node: fx.Node) -> str:
 
 
 def _signature(module: fx.GraphModule, names: tuple[str, ...]) -> Signature:
-    stacks = (list((node.meta.get("nn_module_stack") or {}).values()) for node in module.graph.nodes)
-    roots = [stack[0][1] for stack in stacks if stack and not _user_path(stack[0][0])]
-    owner = str(getattr(roots[0], "__name__", roots[0])) if roots else "graph"
     outputs = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
     in_spec = pytree.tree_structure((tuple(range(len(names))), {}))
-    return Signature(owner, (), len(names), (), in_spec, pytree.tree_structure(tuple(range(len(outputs)))), {}, names)
+    return Signature("graph", (), len(names), (), in_spec, pytree.tree_structure(tuple(range(len(outputs)))), {}, names)
