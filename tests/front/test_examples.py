@@ -56,3 +56,10 @@ def test_the_page_about_memory_runs(tmp_path, monkeypatch, capsys):
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)
     assert "the backward keeps 12,960 bytes" in capsys.readouterr().out
+
+
+def test_the_page_about_compilation_runs(capsys):
+    page, names = (ROOT / "docs/compiled.md").read_text(), {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert "raise-attention" in capsys.readouterr().out

@@ -153,7 +153,7 @@ def test_replay_is_under_the_autocast_of_the_graph_and_leaves_it():
     def backend(graph_module, inputs):
         y, z = _torch.Replay(graph_module).run(*inputs)
         assert (y.dtype, z.dtype) == (torch.float32, torch.bfloat16) and not torch.is_autocast_enabled("cpu")
-        graph_module.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)[0].target = None
+        graph_module.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)[0].target = torch.sin
         with pytest.raises(TypeError):
             _torch.Replay(graph_module).run(*inputs)
         assert not torch.is_autocast_enabled("cpu")
