@@ -28,11 +28,13 @@ def to_lifted(lifted: Lifted, graph_module: fx.GraphModule) -> None:
     program = as_run(lifted.program)
     graph = fx.Graph()
     inputs = [copy_input(graph, node) for node in graph_module.graph.find_nodes(op="placeholder")]
-    mapped: dict[fx.Node, fx.Node] = {}
+    mapped = {node: inputs[position] for node, position in zip(program.placeholders, lifted.inputs, strict=True)}
     held: dict[str, Tensor | fx.GraphModule] = {}
     for node in program.graph.nodes:
-        if node.target in lifted.positions and node.op in ("placeholder", "get_attr"):
-            mapped[node] = inputs[lifted.positions[str(node.target)]]
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr" and node.target in lifted.weights:
+            mapped[node] = inputs[lifted.weights[str(node.target)]]
             continue
         if node.op == "get_attr":
             name, target = f"tautomer_{len(held)}", str(node.target)

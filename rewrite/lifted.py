@@ -45,15 +45,17 @@ _ROOT = re.compile(r"^[A-Z]\['\w+'\]\.?")
 
 @dataclass(frozen=True)
 class Lifted:
-    """A program and where its inputs and weights stand.
+    """A program and where its inputs and weights stand in the graph it comes from.
 
     Attributes:
-        program: over its own weights.
-        positions: position in the compiled graph of every input and weight of the program, by its target.
+        program: over weights of its own table.
+        inputs: the position of every placeholder, in order.
+        weights: the position of every weight that is an input, by name.
     """
 
     program: Program
-    positions: Mapping[str, int]
+    inputs: tuple[int, ...]
+    weights: Mapping[str, int]
 
 
 def lift(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
@@ -83,9 +85,7 @@ def lift(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
     names = tuple(_input_name(nodes[index]) for index in example)
     program = translate(module, _table(module, weights, inputs), _user_path, _signature(module, names), list(example.values()))
     functionalize(program)
-    program = canonicalize(program)
-    stand = zip((str(node.target) for node in program.placeholders), example, strict=True)
-    return Lifted(program, {**weights, **dict(stand)})
+    return Lifted(canonicalize(program), tuple(example), weights)
 
 
 def _check(graph_module: fx.GraphModule, fakes: Sequence[Any], inputs: Sequence[Any]) -> FakeTensorMode:

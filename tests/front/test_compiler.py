@@ -109,6 +109,21 @@ class Numbers(nn.Module):
         return self.block(x)[:, :n] * n
 
 
+class Names(nn.Module):
+    """A parameter with the name of the argument, one name in two modules, and a module that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.block = nn.Parameter(torch.randn(D)), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x * self.x)) + FREE(x)
+
+
+FREE = nn.Sequential(nn.Linear(D, D), nn.GELU())
+FREE.register_parameter("x", nn.Parameter(torch.randn(D)))
+
+
 def tensors(tree: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
@@ -170,6 +185,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[tuple[Any, ...]]]] = {
     "a graph break": (Broken, [x(2, 5, D)]),
     "buffers that are written": (Statistics, [x(2, 5, D), x(2, 5, D)]),
     "gradients and autocast off and on inside": (Regions, [x(2, 5, D)]),
+    "names": (Names, [x(2, 5, D)]),
     "a number that changes": (Numbers, [(*x(2, 5, D), 2), (*x(2, 5, D), 3)]),
 }
 

@@ -54,7 +54,7 @@ def test_weights_have_the_names_and_nodes_the_places_of_the_model(dynamic: bool)
     (found,) = lifted(model, X, dynamic=dynamic)
     program = found.program
     named = {"layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias", "scale"}
-    assert named < set(program.weights) and named | {"x"} == set(found.positions) and program.weights.live
+    assert named < set(program.weights) and named == set(found.weights) and len(found.inputs) == 1 and program.weights.live
     assert all(program.weights[name].requires_grad for name in named)  # the next call may bring other values, frozen or not
     constants = [program.weights[name] for name in set(program.weights) - named]
     assert len(constants) == 2 and not any(weight.requires_grad or weight.kind != "constant" for weight in constants)
