@@ -41,6 +41,7 @@ __all__ = [
     "oblivious_sizes",
     "pytree",
     "quiet_fakes",
+    "restarts",
     "set_grad_enabled_region",
     "size_functions",
     "source_of_input",
@@ -215,6 +216,13 @@ def backend_named(name: Any, mode: str | None, options: Any) -> Callable[[fx.Gra
     if name == "inductor":
         return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
     return torch._TorchCompileWrapper(name, mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def restarts(failure: Exception) -> bool:
+    """Whether a backend raised this to have dynamo begin anew: no failure, but a word to dynamo."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(failure, RestartAnalysis)
 
 
 # -- AOTInductor ----------------------------------------------------------------------------------------------

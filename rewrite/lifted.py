@@ -75,12 +75,13 @@ def lift(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Lifted:
         values |= {index: values[tensor].shape[axis] for index, (tensor, axis) in sizes.items()}
         return Replay(graph_module).run(*[values[index] for index in range(len(nodes))])
 
-    module = traced(run, [fakes[index] for index in leaves], mode)
+    given = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in map(fakes.__getitem__, leaves)]
+    module = traced(run, given, mode)  # not on dynamo's own fakes: what is written in place is written to them
     regions = module.graph.find_nodes(op="call_function", target=set_grad_enabled_region)
     reopened = any(region.args[0] for region in regions) and not torch.is_grad_enabled()
     require(not reopened, "it enables gradients in a part of what runs without")
     weights = {name: index for name, index in _weights(nodes, inputs).items() if index in leaves}
-    example = {index: inputs[index] for index in leaves if index not in weights.values()}
+    example = {index: _value(inputs[index]) for index in leaves if index not in weights.values()}
     _read_as_weights(module, {leaves.index(index): name for name, index in weights.items()}, mode)
     names = tuple(_input_name(nodes[index]) for index in example)
     program = translate(module, _table(module, weights, inputs), _user_path, _signature(module, names), list(example.values()))
@@ -96,9 +97,21 @@ def _check(graph_module: fx.GraphModule, fakes: Sequence[Any], inputs: Sequence[
         sized = isinstance(fake, torch.SymInt) and isinstance(value, torch.SymInt | int)
         known = isinstance(fake, FakeTensor) and not isinstance(value, FakeTensor)
         require(sized or (known and type(value) in _PLAIN), f"it takes a {type(value).__name__} as an input")
+        require(sized or _alike(fake, value), "it changes the shape of an input in place, or writes to it what needs a gradient")
     modes = [fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)]
     require(modes, "it takes no tensor")
     return modes[0]
+
+
+def _alike(fake: Tensor, value: Tensor) -> bool:
+    """Whether dynamo's example, on which it ran the graph, is still what the graph begins with."""
+    shapes = [tuple(map(_value, x)) for x in (fake.shape, fake.stride())]
+    return shapes == [tuple(value.shape), value.stride()] and fake.requires_grad == value.requires_grad
+
+
+def _value(given: Any) -> Any:
+    """A number as it is in this call; asking the symbol would fix it."""
+    return given.node.hint if isinstance(given, torch.SymInt) else given
 
 
 def _sizes(fakes: Sequence[Any]) -> dict[int, tuple[int, int]]:

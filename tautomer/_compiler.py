@@ -17,7 +17,7 @@ from torch import fx
 
 from tautomer.backends.to_lifted import to_lifted
 from tautomer.passes.recipes import Compile
-from tautomer.rewrite._torch import backend_named
+from tautomer.rewrite._torch import backend_named, restarts
 from tautomer.rewrite.errors import Refused, UsageError
 from tautomer.rewrite.lifted import lift
 from tautomer.rewrite.pass_base import Context, Log
@@ -88,6 +88,8 @@ class Compiler:
             compiled = finish(graph_module, inputs)
         except Exception as failure:
             graph_module.graph = before
+            if restarts(failure):
+                raise
             compiled = finish(graph_module, inputs)
             self.graphs.append(CompiledGraph(source, None, _sentence(failure)))
         else:
