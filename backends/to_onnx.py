@@ -27,10 +27,10 @@ from tautomer.rewrite._torch import oblivious_sizes
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.program import Program
-from tautomer.rewrite.shapes import static
 
+from .files import free_axes, writable
 from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
-from .onnx_names import fixed_sizes, name_sizes, name_weights, named, rename, unsaid
+from .onnx_names import name_sizes, name_weights, named, rename, unsaid
 from .onnx_table import table
 from .to_torch import to_torch
 
@@ -111,7 +111,7 @@ def to_onnx(
 
     Example: ``print(to_onnx(capture(model, args), "model.onnx"))``
     """
-    target = _writable(path)
+    target = writable(path, "model.onnx")
     _validate(program, provider, opset)
     module = _flat(program)
     onnx_program = _translate(program, module, table(opset, provider), opset, dynamic)
@@ -161,17 +161,6 @@ def _move(files: Sequence[Path], folder: Path) -> None:
 # -- before any work ------------------------------------------------------------------------------------------
 
 
-def _writable(path: str | os.PathLike[str]) -> Path:
-    target = Path(path).absolute()
-    if target.is_dir():
-        raise UsageError(f"{path} is a folder", hint="name a file, model.onnx")
-    if not target.parent.is_dir():
-        raise UsageError(f"the folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
-        raise UsageError(f"{path} cannot be written")
-    return target
-
-
 def _validate(program: Program, provider: str, opset: int) -> None:
     if provider not in PROVIDERS:
         raise UsageError(f"there is no provider '{provider}'", hint=" or ".join(PROVIDERS))
@@ -195,7 +184,7 @@ def _validate(program: Program, provider: str, opset: int) -> None:
 def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset: int, dynamic: bool) -> Any:
     """The ONNX program, from a fresh export of the emitted module on tensors alone."""
     tensors = [x for x in program.example if isinstance(x, Tensor)]
-    sizes = tuple(dict.fromkeys(axes if dynamic else (), torch.export.Dim.AUTO) for axes in _free(program))
+    sizes = tuple(dict.fromkeys(axes if dynamic else (), torch.export.Dim.AUTO) for axes in free_axes(program))
     degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
     try:
         with _quiet(), torch.no_grad(), oblivious_sizes() if degenerate else contextlib.nullcontext():
@@ -224,15 +213,6 @@ def _referred(exported: torch.export.ExportedProgram) -> torch.export.ExportedPr
     present = {node.target for node in exported.graph.nodes}
     bodies = {op.overload: op.reference or op.body for op in LEAN if op.overload in present}
     return exported.run_decompositions(bodies) if bodies else exported
-
-
-def _free(program: Program) -> Iterator[list[int]]:
-    """For every tensor input the axes whose size the capture left free; a condition may fix what the graph does not."""
-    for index, node in enumerate(program.placeholders):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            given = {axis for leaf, axis in fixed_sizes(program.signature) if leaf == index}
-            yield [axis for axis, size in enumerate(value.shape) if static(size) is None and axis not in given]
 
 
 @contextlib.contextmanager

@@ -243,4 +243,25 @@ class Finetune(Recipe):
         return (*raising, MergeEqualExpressions(), *lean, *approximate, DropDeadCode())
 
 
-RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune)}
+@dataclass(frozen=True)
+class Compile(Recipe):
+    """Exact rewrites of a graph whose parameters are its inputs, as torch.compile hands it to a backend.
+
+    Those that recognise what was written by hand. Not those that fold, centre or merge weights: the next call may bring
+    other values of them, so that the edit would be computed at every call and not once. Those that only hold where no
+    gradient is asked for are among them if the graph does not train.
+
+    Attributes:
+        trains: whether gradients flow through the graph.
+    """
+
+    name: ClassVar[str] = "compile"
+    live: ClassVar[bool] = True
+    trains: bool = True
+
+    def passes(self) -> tuple[Pass, ...]:
+        raising = (kind() for kind in RAISE if not self.trains or kind.claim.gradient != "none")
+        return (*raising, MergeEqualExpressions(), DropDeadCode())
+
+
+RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune, Compile)}

@@ -38,6 +38,7 @@ From a model to a program:
     canonical.py    Canonical form, of graphs and of patterns: one spelling per fact
     export.py       ``torch.export`` with free sizes, tried in order
     example.py      The example call, and other calls to try a capture with
+    lifted.py       A graph whose parameters are inputs, as torch.compile hands it over, becomes a program
     modes.py        One program for both modes: the train export and the eval export, compared call by call
     capture.py      Capture a model as a program
 

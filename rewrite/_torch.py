@@ -6,12 +6,16 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,23 +23,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "KernelObserver",
     "OperatorObserver",
+    "Replay",
     "ShapeEnv",
     "autocast_region",
+    "backend_named",
     "below_autocast",
+    "compile_package",
+    "copy_input",
+    "cpp_compiler",
     "erased",
     "fake_mode_of",
     "guards_of",
+    "load_package",
     "no_new_guards",
     "oblivious_sizes",
     "pytree",
     "quiet_fakes",
     "quiet_triton",
+    "restarts",
     "set_grad_enabled_region",
     "size_functions",
+    "source_of_input",
     "statically_known_true",
     "storage_key",
+    "traced",
     "unlifted_module",
 ]
 
@@ -158,3 +172,101 @@ class KernelObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.after(func, args, func(*args, **(kwargs or {})))
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------
+
+
+def source_of_input(node: fx.Node) -> str:
+    """Where dynamo took an input from, as Python over ``L``, the caller's locals: ``L['self']._parameters['weight']``."""
+    source = getattr(node, "_dynamo_source", None)
+    return str(source.name) if source is not None else ""
+
+
+def copy_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """An input of a graph of dynamo's in another graph, with all that the compilers behind it read of it."""
+    copy = graph.node_copy(node)
+    copy.meta = dict(node.meta)
+    if hasattr(node, "_dynamo_source"):
+        copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    return copy
+
+
+class Replay(fx.Interpreter):
+    """Runs a graph of dynamo's. Autocast that the graph enters is entered; the call alone is only recorded in a trace."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.entered: list[torch.autocast] = []
+
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        try:
+            return super().run(*args)
+        finally:
+            while self.entered:
+                self.leave()
+
+    def leave(self) -> None:
+        self.entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self.leave()
+        if target is not torch.amp.autocast_mode._enter_autocast:
+            return super().call_function(target, args, kwargs)
+        device, dtype, enabled, cached = args
+        self.entered.append(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached))
+        return self.entered[-1].__enter__()  # type: ignore[no-untyped-call]
+
+
+def traced(run: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """``run`` on fake inputs as ATen calls, before autograd, autocast and decomposition; regions without gradients or with
+    autocast are one node each, as ``torch.export`` writes them. Nodes keep the provenance of an interpreter in ``run``.
+    """
+    from torch._export.passes.replace_autocast_with_hop_pass import replace_autocast_with_hop_pass
+    from torch._export.passes.replace_set_grad_with_hop_pass import replace_set_grad_with_hop_pass
+
+    with fx_traceback.preserve_node_meta(), mode:
+        graph_module = make_fx(run, pre_dispatch=True)(*inputs)
+    for separate in (replace_set_grad_with_hop_pass, replace_autocast_with_hop_pass):
+        graph_module, _ = separate(graph_module, None)
+    return graph_module
+
+
+def backend_named(name: Any, mode: str | None, options: Any) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """A backend of torch.compile under its ``mode`` and ``options``."""
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
+    return torch._TorchCompileWrapper(name, mode, options, None)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def restarts(failure: Exception) -> bool:
+    """Whether a backend raised this to have dynamo begin anew: no failure, but a word to dynamo."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    return isinstance(failure, RestartAnalysis)
+
+
+# -- AOTInductor ----------------------------------------------------------------------------------------------
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would call, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
+
+
+def compile_package(exported: torch.export.ExportedProgram, file: Path) -> None:
+    """Compile an exported program and write it with its weights to ``file``, whose name ends in ".pt2"."""
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
+
+
+def load_package(file: Path) -> Callable[..., Any]:
+    """What ``compile_package`` wrote, as a function with the call that was exported."""
+    loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(file))
+    return loaded

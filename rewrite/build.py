@@ -48,7 +48,18 @@ def build(
     """
     module = unlifted_module(exported)
     strip = _stripper(prefix)
-    weights = _weights(exported, module, model, strip)
+    return translate(module, _weights(exported, module, model, strip), strip, signature, example, inference)
+
+
+def translate(
+    module: fx.GraphModule,
+    weights: Weights,
+    strip: Callable[[str], str],
+    signature: Signature,
+    example: Sequence[Any],
+    inference: Sequence[bool] = (),
+) -> Program:
+    """The program of a graph of ATen calls over ``weights``; ``strip`` makes the paths in it those of the user's model."""
     translation = _Translation(module, weights, strip)
     graph = fx.Graph()
     mapped: dict[fx.Node, Any] = {}
@@ -63,7 +74,7 @@ def build(
             graph.output(tuple(translation.cut(graph, *pair) for pair in zip(outputs, marks, strict=True)))
         else:
             translation.copy(node, graph, mapped)
-    program = Program(graph, weights, signature, tuple(example), name=type(model).__name__)
+    program = Program(graph, weights, signature, tuple(example), name=signature.owner)
     program.regions = translation.regions
     for node in graph.nodes:
         spell(node)

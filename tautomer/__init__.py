@@ -12,6 +12,7 @@ from tautomer.backends.form import load_form, save_form
 from tautomer.passes.recipes import Finetune, Inference, Training
 
 from . import nn as nn
+from ._compiler import CompiledGraph, Compiler, compiler
 from ._front import (
     Catalogue,
     Explanation,
@@ -21,6 +22,7 @@ from ._front import (
     draw,
     explain,
     export_onnx,
+    export_package,
     fold,
     load,
     optimize,
@@ -35,6 +37,8 @@ from ._replay import bisect, replay
 
 __all__ = [
     "Catalogue",
+    "CompiledGraph",
+    "Compiler",
     "Explanation",
     "Finetune",
     "Inference",
@@ -44,9 +48,11 @@ __all__ = [
     "bisect",
     "capture",
     "catalogue",
+    "compiler",
     "draw",
     "explain",
     "export_onnx",
+    "export_package",
     "fold",
     "load",
     "load_form",

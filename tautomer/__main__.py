@@ -115,6 +115,28 @@ def python(
 
 
 @app.command()
+def package(
+    model: Spec,
+    path: Annotated[Path, typer.Argument(help="the .pt2 file to write")],
+    rewrite: Annotated[bool, typer.Option(help="optimize for Inductor first")] = True,
+    static: Static = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model ahead of time with AOTInductor, reload the package and compare."""
+    loaded = load_model(model)
+    sizes = "static" if static else "auto"
+    subject: Any = loaded.model
+    with _progress(as_json) as tell:
+        if rewrite:
+            subject = tautomer.optimize(
+                subject, loaded.args, loaded.kwargs, target="inductor", dynamic_shapes=sizes, progress=tell
+            )
+        tell("compiling and running the package")
+        report = tautomer.export_package(subject, path, loaded.args, loaded.kwargs, dynamic_shapes=sizes)
+    _show(report, dataclasses.asdict(report), as_json)
+
+
+@app.command()
 def verify(
     reference: Spec,
     candidate: Spec,

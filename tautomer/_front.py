@@ -20,6 +20,7 @@ from tautomer.backends.measure import measure
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
 from tautomer.backends.to_onnx import OnnxReport, to_onnx
+from tautomer.backends.to_package import PackageReport, to_package
 from tautomer.backends.to_python import PythonReport
 from tautomer.backends.to_python import to_python as write_python
 from tautomer.backends.to_torch import as_run, to_torch
@@ -378,6 +379,36 @@ def to_python(
     report = getattr(model, "report", None)
     rewrites = tuple(dict.fromkeys(f"{a.rewrite}: {a.claim}" for a in report.applications)) if isinstance(report, Report) else ()
     return write_python(program, folder, module=module, check=check, overwrite=overwrite, rewrites=rewrites)
+
+
+def export_package(
+    model: Model,
+    path: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+) -> PackageReport:
+    """Compile a model ahead of time with AOTInductor, reload the package and compare it with PyTorch.
+
+    The package runs where torch is and a model is not: ``torch._inductor.aoti_load_package(path)`` is called as the
+    example was, positions and keywords alike.
+
+    Args:
+        model: a module, rewritten or not, or a program; it is compiled for the device it is on.
+        path: the file, ``….pt2``; it appears only when it is complete and, with ``check``, agrees.
+        dynamic_shapes: as of ``capture``; "static" fixes every size to the example's.
+        check: run the reloaded package at two sizes and compare.
+
+    Raises:
+        ExportError: there is no C++ compiler, the model cannot be compiled, or the package does not run or agree.
+        UsageError: the path cannot be written, or the arguments are wrong.
+
+    Example: ``export_package(fast, "model.pt2", args, kwargs)``
+    """
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return to_package(program, path, dynamic=dynamic_shapes != "static", check=check)
 
 
 def bench(

@@ -66,3 +66,10 @@ def test_the_page_about_python_runs(tmp_path, monkeypatch):
         exec(code, names)
     (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     assert f"\n\n\n{shown}\n\ndef load(" in (tmp_path / "readable" / "model.py").read_text()
+
+
+def test_the_page_about_compilation_runs(capsys):
+    page, names = (ROOT / "docs/compiled.md").read_text(), {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert "raise-attention" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from tautomer.__main__ import main
+from tautomer.backends.to_package import PackageReport
 
 FACTORY = """
 import torch
@@ -84,6 +85,22 @@ def test_export_writes_a_file_that_ran(tautomer: Run, folder: Path) -> None:
     assert code == 0 and "RMSNormalization" in out and (folder / "model.onnx").exists()
     code, out, _ = tautomer("export", "mine:make", "plain.onnx", "--no-rewrite", "--static", "--json")
     assert code == 0 and json.loads(out)["nodes"]["LayerNormalization"] == 1
+
+
+def test_package_rewrites_first_or_not(tautomer: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The route, not the compiler: minutes of C++ belong to the zoo."""
+    seen: list[Any] = []
+
+    def to_package(program: Any, path: Path, *, dynamic: bool, check: bool) -> PackageReport:
+        seen.append((program.count(torch.ops.aten.rms_norm.default), dynamic, check))
+        return PackageReport(path, "cpu", 7)
+
+    monkeypatch.setattr("tautomer._front.to_package", to_package)
+    code, out, _ = tautomer("package", "mine:make", "model.pt2")
+    assert code == 0 and "an AOTInductor package for cpu" in out
+    code, out, _ = tautomer("package", "mine:make", "model.pt2", "--no-rewrite", "--static", "--json")
+    assert code == 0 and json.loads(out)["bytes"] == 7
+    assert seen == [(1, True, True), (0, False, True)]
 
 
 def test_verify_agrees_and_disagrees(tautomer: Run) -> None:

@@ -135,3 +135,51 @@ def test_quiet_triton():
     with _torch.quiet_triton():
         assert not logger.isEnabledFor(logging.WARNING)
     assert logger.level == before
+
+
+def test_names_of_torch_compile():
+    """A source and a copy of an input, a trace before decomposition, and backends by name."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        (x,) = graph_module.graph.find_nodes(op="placeholder")
+        copy = _torch.copy_input(torch.fx.Graph(), x)
+        assert _torch.source_of_input(x) == _torch.source_of_input(copy) == "L['x']"
+        fake = x.meta["example_value"]
+        seen.append(_torch.traced(lambda y: torch.fx.Interpreter(graph_module).run(y), [fake], fake.fake_mode))
+        return _torch.backend_named("eager", None, None)(graph_module, inputs)
+
+    def gated(x):
+        with torch.no_grad():
+            y = torch.nn.functional.gelu(x)
+        return torch.nn.functional.layer_norm(x * y, (3,))
+
+    torch.compile(gated, backend=backend)(torch.ones(2, 3))
+    targets = [node.target for node in seen[0].graph.nodes]
+    assert torch.ops.aten.layer_norm.default in targets and _torch.set_grad_enabled_region in targets
+    assert isinstance(_torch.set_grad_enabled_region, _torch.HigherOrderOperator)
+    assert callable(_torch.backend_named("inductor", "default", None))
+
+
+def test_replay_is_under_the_autocast_of_the_graph_and_leaves_it():
+    def casts(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                y = x @ x
+            return y, x @ x
+
+    def backend(graph_module, inputs):
+        y, z = _torch.Replay(graph_module).run(*inputs)
+        assert (y.dtype, z.dtype) == (torch.float32, torch.bfloat16) and not torch.is_autocast_enabled("cpu")
+        graph_module.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)[0].target = torch.sin
+        with pytest.raises(TypeError):
+            _torch.Replay(graph_module).run(*inputs)
+        assert not torch.is_autocast_enabled("cpu")
+        return lambda *_: (y, z)
+
+    torch.compile(casts, backend=backend)(torch.ones(2, 2))
+
+
+def test_cpp_compiler():
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert _torch.cpp_compiler() is None

@@ -1,0 +1,1 @@
+../../tautomer/_compiler.py
