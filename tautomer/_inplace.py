@@ -8,14 +8,16 @@ A rewrite that the module tree cannot express is refused with its sentence, and 
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tautomer.backends.correspondence import Fault
+from tautomer.backends.guard import edits_of
 from tautomer.backends.module_calls import exchangeable, watch
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_module import Edit, plan, written
@@ -30,7 +32,7 @@ from tautomer.rewrite.pipeline import Outcome, claim_of, run_passes
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.target import Target
-from tautomer.rewrite.weights import Weights
+from tautomer.rewrite.weights import Weights, marked
 
 from ._front import Progress, _check_entry, _entries, _passes, _progress, _recipe, _report, _target, capture
 
@@ -41,14 +43,36 @@ class Rewriting:
 
     Attributes:
         report: what fired, what did not and why, how exact, what it cost.
-        weights: maps a state dict of the original model to one of this one and back (``weights.from_original``,
-            ``weights.to_original``). It holds the values that were overwritten.
+        weights: the table of the model, over the values that were overwritten.
         modules: the paths of the modules whose code was exchanged.
+        edits: which weights of the model are edited, by name; a state dict says so too, in its metadata.
     """
 
     report: Report
     weights: Weights
     modules: tuple[str, ...]
+    edits: Mapping[str, str]
+
+    def from_original(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of the original model as one of this model, ready to be loaded.
+
+        Example: ``model.load_state_dict(done.from_original(checkpoint))``
+        """
+        return self.own({**state, **self.weights.from_original(state)})
+
+    def to_original(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of this model, perhaps trained further, as one of the original model.
+
+        Raises:
+            UsageError: as of ``Weights.to_original``.
+
+        Example: ``original.load_state_dict(done.to_original(model.state_dict()))``
+        """
+        return OrderedDict(state) | self.weights.to_original(state)
+
+    def own(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of this model that lost its metadata (a plain copy, a safetensors file), ready to be loaded."""
+        return marked(state, self.edits)
 
     def __str__(self) -> str:
         return f"{self.report}  code exchanged in {len(self.modules)} modules\n"
@@ -74,7 +98,8 @@ def optimize_(
     Weights are overwritten, and leaf modules (a norm, an activation, a layer scale) get new code as subclasses of their own
     classes. A weight that a rewrite consumed stays under its key and does nothing: the state dict is right for the original
     classes too, so ``save_pretrained`` → ``from_pretrained`` gives a model of the original form with the same answers.
-    ``tautomer.save_form`` and ``load_form`` carry the new form over.
+    ``tautomer.save_form`` and ``load_form`` carry the new form over. The other way the edits are missing, so a state dict of the
+    original model is refused: load ``done.from_original(state_dict)``.
 
     Do it before ``DistributedDataParallel``, ``fully_shard`` or an optimizer takes the model, and in the dtype it will run in.
 
@@ -124,7 +149,7 @@ def optimize_(
             _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
             outcome.log.notes.extend(_stock(reference, weights, claim))
     names = {module: name for name, module in model.named_modules()}
-    return Rewriting(report, weights, tuple(names[module] for module in edit.code))
+    return Rewriting(report, weights, tuple(names[module] for module in edit.code), edits_of(model))
 
 
 def _require_a_bare_model(model: Any) -> None:

@@ -117,14 +117,14 @@ def test_the_map_carries_a_state_dict_of_the_original_over(model: nn.Module) -> 
     other = redrawn(Net())
     for parameter in other.parameters():
         parameter.data *= 1.1
-    model.load_state_dict(done.weights.from_original(other.state_dict()))
+    model.load_state_dict(done.from_original(other.state_dict()))
     assert torch.allclose(model(X), other(X), rtol=0, atol=1e-12)
 
 
 def test_the_map_takes_the_edit_back(model: nn.Module) -> None:
     original, wanted = copy.deepcopy(model.state_dict()), model(X)
     done = rewrite(model)
-    back = done.weights.to_original(model.state_dict())
+    back = done.to_original(model.state_dict())
     stock = Net().double().eval()
     stock.load_state_dict(back)
     assert list(back) == list(original) and torch.allclose(stock(X), wanted, rtol=0, atol=1e-12)
