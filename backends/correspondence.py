@@ -91,12 +91,15 @@ class Correspondence:
         return outputs[0]
 
     def attribute(self, module: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
-        """A weight in new code: an attribute, or computed from attributes if no other module reads it. Then none is edited."""
+        """A weight in new code: an attribute, or computed from attributes if it must be or no other module reads it. Then
+        none is edited."""
 
         def own(graph: fx.Graph, name: str) -> fx.Node:
             return graph.get_attr(own_name(name, module, self.captured.weights.leaves))
 
         weight = self.rewritten.weights.entries.get(name)
+        if self.rewritten.weights.live and weight is not None and weight.edited:
+            return cast(graph, live(graph, weight.expression, own), weight, self.rewritten.weights)
         readers = (call_of(reader) for reader, _ in self.readers(self.new, name))
         if weight is None or not weight.edited or any(self.modules.get(call) is not module for call in readers):
             return own(graph, name)
@@ -177,6 +180,8 @@ class Correspondence:
     def weights(self) -> tuple[Weights, tuple[str, ...], list[Fault]]:
         """The table of the model afterwards, the parameters that are read no more, and what cannot be said by the old keys."""
         table, faults = self.captured.weights.copy(), list[Fault]()
+        if self.rewritten.weights.live:
+            return table, (), faults
         made: dict[Hashable, Apply] = {}
         consumed = set[str]()
         for name, weight in self.rewritten.weights.entries.items():

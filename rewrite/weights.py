@@ -285,7 +285,7 @@ def marked(state: Mapping[str, Tensor], edits: Mapping[str, str]) -> OrderedDict
 
 
 def wrongly_marked(state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, Any], edits: Mapping[str, str]) -> str | None:
-    """The first weight below ``prefix`` of a state dict whose ``metadata`` there do not say that it is edited as ``edits`` say."""
+    """The first weight below ``prefix`` of a state dict whose ``metadata`` there do not say that it is edited as in ``edits``."""
     given = metadata.get(MARK, {})
     names = dict.fromkeys((*edits, *given))
     return next((name for name in names if prefix + name in state and given.get(name) != edits.get(name)), None)

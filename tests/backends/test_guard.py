@@ -76,7 +76,7 @@ def test_a_state_dict_that_lost_its_metadata_is_taken_at_the_users_word(model: n
 
 def test_a_submodule_is_guarded_too(model: nn.Module) -> None:
     optimize_(model)
-    with pytest.raises(UsageError, match="'0.bias' was rewritten in place|'1.weight' was rewritten in place|'0.weight' was"):
+    with pytest.raises(UsageError, match=REFUSED):
         model[1].load_state_dict(net(1)[1].state_dict())
     model[1].load_state_dict(model[1].state_dict())
     model[1].load_state_dict({}, strict=False)
