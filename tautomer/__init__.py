@@ -28,7 +28,7 @@ from ._front import (
     saved_tensors,
     verify,
 )
-from ._inplace import Rewriting, optimize_
+from ._inplace import Rewriting, fold_, optimize_
 from ._replay import bisect, replay
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "fold",
+    "fold_",
     "load",
     "load_form",
     "optimize",

@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from tautomer.backends.correspondence import Fault
+from tautomer.backends.exchange import form_of
 from tautomer.backends.guard import edits_of
 from tautomer.backends.module_calls import exchangeable, watch
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_module import Edit, plan, written
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
-from tautomer.passes.recipes import Recipe
+from tautomer.passes.recipes import FOLD, Recipe
 from tautomer.rewrite.claims import Claim
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import CaptureError, ClaimBroken, UsageError
@@ -101,6 +102,9 @@ def optimize_(
     ``tautomer.save_form`` and ``load_form`` carry the new form over. The other way the edits are missing, so a state dict of the
     original model is refused: load ``done.from_original(state_dict)``.
 
+    With ``recipe="training"`` no weight is overwritten: the new code of a module edits its own parameters at every call, so any
+    optimizer follows the trajectory of the original model, and checkpoints of either load into the other. ``fold_`` afterwards.
+
     Do it before ``DistributedDataParallel``, ``fully_shard`` or an optimizer takes the model, and in the dtype it will run in.
 
     Args: as of ``optimize``; also
@@ -121,22 +125,19 @@ def optimize_(
         (('1',), True, False)
     """
     _require_a_bare_model(model)
-    if _recipe(recipe).live and passes is None:
-        raise UsageError(
-            f"the recipe '{_recipe(recipe).name}' edits weights inside the forward; in place they are edited where they are kept",
-            hint="tautomer.optimize(…, recipe='training') makes a module that trains like the original",
-        )
-    tell, where, chosen = _progress(progress), _target(target), _named(_passes(recipe, passes))
+    recipe = _recipe(recipe)
+    tell, where, chosen = _progress(progress), _target(target), _passes(recipe, passes)
     context = Context(only=_entries("only", only), skip=_entries("skip", skip))
     start = perf_counter()
     tell("capturing")
-    captured = _capture(model, args, kwargs, dynamic_shapes, mode)
+    captured = _capture(model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
+    captured.weights.live = recipe.live
     for entry in (*context.only, *context.skip):
         _check_entry(entry, captured)
     modules = exchangeable(captured, model, watch(model, args, kwargs or {}))
     seconds = perf_counter() - start
     tell("rewriting and checking")
-    job = _Job(model, captured, modules, chosen, context, where if passes is None else None)
+    job = _Job(model, captured, modules, chosen if recipe.live else _named(chosen), context, where if passes is None else None)
     program, outcome, edit = job.settle(check)
     tell("measuring")
     report = _report(captured, program, where, outcome, seconds)
@@ -150,6 +151,40 @@ def optimize_(
             outcome.log.notes.extend(_stock(reference, weights, claim))
     names = {module: name for name, module in model.named_modules()}
     return Rewriting(report, weights, tuple(names[module] for module in edit.code), edits_of(model))
+
+
+def fold_(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+) -> Rewriting:
+    """Compute the edits of a model that was rewritten in place for training once and for all, from what was learned.
+
+    A weight that other modules read too, a tied table for one, goes on being edited at every call.
+
+    Args: as of ``optimize_``.
+
+    Raises:
+        UsageError: no module of it was rewritten. CaptureError, ClaimBroken: as of ``optimize_``.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+        >>> done = optimize_(block, (torch.randn(2, 8),), recipe="training", target="onnxruntime")
+        >>> torch.allclose(block[0].weight.mean(0), torch.zeros(8), atol=1e-6)
+        False
+        >>> done = fold_(block, (torch.randn(2, 8),))
+        >>> torch.allclose(block[0].weight.mean(0), torch.zeros(8), atol=1e-6)
+        True
+    """
+    if not any(form_of(module) for module in model.modules()):
+        raise UsageError(
+            f"no module of this {type(model).__name__} was rewritten", hint="optimize_(…, recipe='training') it first"
+        )
+    passes = [kind() for kind in FOLD]
+    return optimize_(model, args, kwargs, passes=passes, dynamic_shapes=dynamic_shapes, check=check)
 
 
 def _require_a_bare_model(model: Any) -> None:
@@ -254,6 +289,8 @@ def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> N
 
 def _stock(reference: Program, weights: Weights, claim: Claim) -> Iterator[Note]:
     """Whether the original classes compute the same with the new weights; if not, the user should know."""
+    if not weights.edits():
+        return
     stock = reference.copy()
     stock.weights = weights
     try:
