@@ -22,6 +22,7 @@ from tautomer.rewrite.errors import UsageError
 
 from .exchange import exchange, exchanged, form_of
 from .guard import edits_of, guard
+from .hugging_face import NAME, implementations, set_attention
 
 FORM = "tautomer.json"
 _FORMAT = 1
@@ -45,8 +46,8 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         frozen = [name for name, parameter in own if code and name not in read and not parameter.requires_grad]
         entry = {"path": path, "class": _name(base), "mode": mode, "frozen": frozen}
         modules.append({**entry, "code": None if code is None else json.loads(code)})
-    edits = edits_of(model)
-    if not modules and not edits:
+    edits, attention = edits_of(model), NAME in {name for _, name in implementations(model)}
+    if not modules and not edits and not attention:
         raise UsageError(f"no module of this {type(model).__name__} was rewritten", hint="tautomer.optimize_ it first")
     made = {"tautomer": version("tautomer"), "torch": torch.__version__}
     file = Path(folder) / FORM
@@ -54,6 +55,7 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(map(json.dumps, modules))
         head = f'"format": {_FORMAT}, "made by": {json.dumps(made)}, "edits": {json.dumps(edits)}'
+        head += f', "attention": {json.dumps(attention)}'
         file.write_text(f'{{{head}, "modules": [\n{lines}\n]}}\n')
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
@@ -71,7 +73,7 @@ def load_form(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     wanted: list[tuple[nn.Module, dict[str, Any], str | None]] = []
     base: Any
-    modules, edits = _read(Path(folder) / FORM)
+    modules, edits, attention = _read(Path(folder) / FORM)
     for path in (name.rpartition(".")[0] for name in edits):
         _module(model, path)
     for entry in modules:
@@ -82,6 +84,8 @@ def load_form(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         code = None if entry["code"] is None else json.dumps(entry["code"])
         exchanged(base, code, entry["mode"])  # what cannot be read is said before anything changes
         wanted.append((module, entry, code))
+    if attention:
+        set_attention(model)
     for module, entry, code in wanted:
         exchange(module, code, entry["mode"])
         for name in entry["frozen"]:
@@ -100,12 +104,12 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _read(file: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _read(file: Path) -> tuple[list[dict[str, Any]], dict[str, str], bool]:
     try:
         data = json.loads(file.read_text())
         if data["format"] != _FORMAT:
             raise UsageError(f"{file} has format {data['format']}; this tautomer reads format {_FORMAT}")
-        return list(data["modules"]), dict(data["edits"])
+        return list(data["modules"]), dict(data["edits"]), bool(data["attention"])
     except FileNotFoundError:
         raise UsageError(f"there is no {file}", hint="tautomer.save_form(model, folder) writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -34,8 +34,8 @@ def _held(module: nn.Module) -> dict[str, str]:
     """The marks of a module's own weights; a module that has none yet gets the hooks."""
     if _EDITS not in vars(module):
         vars(module)[_EDITS] = {}
-        module.register_state_dict_post_hook(_mark)
-        module.register_load_state_dict_pre_hook(_check)
+        module.register_state_dict_post_hook(_mark)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]
     marks: dict[str, str] = vars(module)[_EDITS]
     return marks
 

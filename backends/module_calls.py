@@ -105,9 +105,10 @@ def settle_edges(program: Program, model: nn.Module, seen: Seen) -> None:
             continue
         ((given, returned),) = looks
         first, outputs = nodes[0], calls.outputs(call)
-        if first.target in _RESHAPES and _look(first.meta["val"]) == given and first not in outputs:
-            if set(calls.inputs(call)) == {x for x in first.all_input_nodes if calls.at_run_time(x)}:
-                _hand_over(first)
+        own = set(filter(calls.at_run_time, first.all_input_nodes))
+        alone = first not in outputs and set(calls.inputs(call)) == own
+        if first.target in _RESHAPES and _look(first.meta["val"]) == given and alone:
+            _hand_over(first)
         if len(outputs) == 1 and outputs[0].target in _RESHAPES and _look(outputs[0].meta["val"]) != returned:
             before = outputs[0].args[0]
             if before in nodes and _look(before.meta["val"]) == returned:  # type: ignore[union-attr]

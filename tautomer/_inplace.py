@@ -8,22 +8,26 @@ A rewrite that the module tree cannot express is refused with its sentence, and 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tautomer.backends.correspondence import Fault
 from tautomer.backends.exchange import form_of
 from tautomer.backends.guard import edits_of
+from tautomer.backends.hugging_face import NAME, implementations, restore_attention, runs_eager, set_attention
 from tautomer.backends.module_calls import exchangeable, watch
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_module import Edit, plan, written
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
+from tautomer.passes.raise_.raise_attention import RaiseAttention
 from tautomer.passes.recipes import FOLD, Recipe
 from tautomer.rewrite.claims import Claim
 from tautomer.rewrite.equivalence import check_equivalence
@@ -130,22 +134,27 @@ def optimize_(
     context = Context(only=_entries("only", only), skip=_entries("skip", skip))
     start = perf_counter()
     tell("capturing")
-    captured = _capture(model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
-    captured.weights.live = recipe.live
+    again = functools.partial(_capture, model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
+    original = again()
     for entry in (*context.only, *context.skip):
-        _check_entry(entry, captured)
-    modules = exchangeable(captured, model, watch(model, args, kwargs or {}))
-    seconds = perf_counter() - start
-    tell("rewriting and checking")
-    job = _Job(model, captured, modules, chosen if recipe.live else _named(chosen), context, where if passes is None else None)
-    program, outcome, edit = job.settle(check)
-    tell("measuring")
-    report = _report(captured, program, where, outcome, seconds)
-    tell("editing")
-    with written(model, edit, captured.mode) as before:
+        _check_entry(entry, original)
+    with contextlib.ExitStack() as undo:
+        captured, log = undo.enter_context(_attention(model, original, again, chosen, context, check))
+        captured.weights.live = recipe.live
+        modules = exchangeable(captured, model, watch(model, args, kwargs or {}))
+        seconds = perf_counter() - start
+        tell("rewriting and checking")
+        ordered = chosen if recipe.live else _named(chosen)
+        job = _Job(model, captured, modules, ordered, context, where if passes is None else None)
+        program, outcome, edit = job.settle(check)
+        outcome.log.applications[:0], outcome.log.refusals[:0] = log.applications, log.refusals
+        tell("measuring")
+        report = _report(original, program, where, outcome, seconds)
+        tell("editing")
+        before = undo.enter_context(written(model, edit, captured.mode))
         weights = Weights({**edit.weights.leaves, **before}, edit.weights.entries)
         if check and outcome.log.applications:
-            reference, claim = captured.copy(), claim_of(outcome.log.applications, chosen)
+            reference, claim = original.copy(), claim_of(outcome.log.applications, chosen)
             reference.weights.leaves.update(before)
             _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
             outcome.log.notes.extend(_stock(reference, weights, claim))
@@ -195,6 +204,47 @@ def _require_a_bare_model(model: Any) -> None:
     sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
     if sharded or isinstance(model, nn.parallel.DistributedDataParallel):
         raise UsageError("the model is distributed already", hint="optimize_ it first, then wrap or shard it")
+
+
+@contextlib.contextmanager
+def _attention(
+    model: nn.Module, captured: Program, again: Callable[[], Program], passes: Sequence[Pass], context: Context, check: bool
+) -> Iterator[tuple[Program, Log]]:
+    """The program of a Hugging Face model whose attention goes through the registry, if that raises it; as it was if the body
+    raises."""
+    log = Log()
+    rewrite = next((rewrite for rewrite in passes if isinstance(rewrite, RaiseAttention)), None)
+    if rewrite is None or not runs_eager(model):
+        yield captured, log
+        return
+    before = implementations(model)
+    try:
+        program = _raised(model, captured, again, rewrite, replace(context, log=log), check)
+        if program is None:
+            restore_attention(before)
+        yield program or captured, log
+    except BaseException:
+        restore_attention(before)
+        raise
+
+
+def _raised(
+    model: nn.Module, captured: Program, again: Callable[[], Program], rewrite: Pass, context: Context, check: bool
+) -> Program | None:
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    try:
+        set_attention(model)
+        program = again()
+        raised = program.graph.find_nodes(op="call_function", target=attention)
+        if len(raised) == captured.count(attention) or not all(context.lets(rewrite, node) for node in raised):
+            return None
+        error = check_equivalence(captured, program, rewrite.claim).forward if check else None
+    except (CaptureError, ClaimBroken, UsageError, ValueError) as failure:
+        context.refused(rewrite, captured.output, f"not through the registry of attention functions: {failure}")
+        return None
+    for node in raised:
+        context.applied(rewrite, node, f"through the registry of attention functions, as '{NAME}'", error)
+    return program
 
 
 _LAST = (DropUnusedWeights, NameWeights)
