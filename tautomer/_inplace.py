@@ -104,8 +104,10 @@ def optimize_(
     classes. A weight that a rewrite consumed stays under its key and does nothing: the state dict is right for the original
     classes too, so ``save_pretrained`` → ``from_pretrained`` gives a model of the original form with the same answers.
     ``tautomer.save_form`` and ``load_form`` carry the new form over. The other way the edits are missing, so a state dict of the
-    original model is refused: load ``done.from_original(state_dict)``. Attention that a Hugging Face model runs eagerly goes through
-    the model's registry of attention functions; where it drops out or returns probabilities it is the model's own still.
+    original model is refused: load ``done.from_original(state_dict)``.
+
+    Attention that a Hugging Face model runs eagerly goes through the model's registry of attention functions; where it drops
+    out or returns probabilities it is the model's own still.
 
     With ``recipe="training"`` no weight is overwritten: the new code of a module edits its own parameters at every call, so any
     optimizer follows the trajectory of the original model, and checkpoints of either load into the other. ``fold_`` afterwards.

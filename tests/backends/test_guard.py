@@ -37,7 +37,7 @@ def model() -> nn.Module:
 
 
 def optimize_(model: nn.Module) -> tautomer.Rewriting:
-    return tautomer.optimize_(model, (X,), target="onnxruntime")
+    return tautomer.optimize_(model, (X,), target="onnxruntime", dynamic_shapes="static")
 
 
 def test_weights_of_the_original_are_refused_before_any_is_loaded(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A model rewritten in place trains under DDP and FSDP2, on two processes, as it does alone; for training, as the original does."""
+"""A model rewritten in place trains under DDP and FSDP2, on two processes, as it does alone, or as the original does."""
 
 from __future__ import annotations
 
