@@ -16,13 +16,15 @@ from torch import fx, nn
 
 from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.evidence import ROUNDING, relative_error
 from tautomer.rewrite.interpret import writes
 from tautomer.rewrite.program import Program, arguments, path_of, target_name
 from tautomer.rewrite.shapes import same_shape
-from tautomer.rewrite.weights import Apply, Leaf, Weights, leaves
+from tautomer.rewrite.weights import Apply, Leaf, Weight, Weights, evaluate, leaves
 
 from .exchange import text_of
-from .module_calls import Calls, call_of, code_of, live, own_name
+from .live_weights import computed
+from .module_calls import Calls, call_of, code_of, own_name
 
 aten = torch.ops.aten
 
@@ -91,21 +93,37 @@ class Correspondence:
         return outputs[0]
 
     def attribute(self, module: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
-        """A weight in new code: an attribute, or computed from attributes if no other module reads it. Then none is edited."""
+        """A weight in new code: an attribute, or computed from attributes, and then none is edited. It is computed if it must
+        be, or if no other module reads it and its value in the attribute's place would mean something else to the old code."""
 
-        def own(graph: fx.Graph, name: str) -> fx.Node:
+        def own(name: str) -> fx.Node:
             return graph.get_attr(own_name(name, module, self.captured.weights.leaves))
 
-        weight = self.rewritten.weights.entries.get(name)
+        table = self.rewritten.weights
+        weight = table.entries.get(name)
+        if weight is None or not weight.edited:
+            return own(name)
         readers = (call_of(reader) for reader, _ in self.readers(self.new, name))
-        if weight is None or not weight.edited or any(self.modules.get(call) is not module for call in readers):
-            return own(graph, name)
+        elsewhere = any(self.modules.get(call) is not module for call in readers)
+        if not table.live and (elsewhere or self.settled(weight)):
+            return own(name)
         try:
-            made = live(graph, weight.expression, own)
+            made = computed(graph, weight, table, own, {})
         except Refused:
-            return own(graph, name)
+            if table.live:
+                raise
+            return own(name)
         self.live.update(map(self.storage, (name, *leaves(weight.expression))))
         return made
+
+    def settled(self, weight: Weight) -> bool:
+        """Whether the edit takes the place of a leaf and leaves its own result as it is, as centring does."""
+        table = self.captured.weights
+        if weight.name not in table:
+            return False
+        value = evaluate(weight.expression, table.leaf)
+        again = evaluate(weight.expression, lambda name: value if name == weight.name else table.leaf(name))
+        return value.shape == again.shape and relative_error(again, value) <= ROUNDING * torch.finfo(torch.float64).eps
 
     def plain(self, node: fx.Node) -> fx.Node | None:
         """What the user's code around the modules computes: the same call on values that correspond."""
@@ -177,6 +195,8 @@ class Correspondence:
     def weights(self) -> tuple[Weights, tuple[str, ...], list[Fault]]:
         """The table of the model afterwards, the parameters that are read no more, and what cannot be said by the old keys."""
         table, faults = self.captured.weights.copy(), list[Fault]()
+        if self.rewritten.weights.live:
+            return table, (), faults
         made: dict[Hashable, Apply] = {}
         consumed = set[str]()
         for name, weight in self.rewritten.weights.entries.items():

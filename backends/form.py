@@ -21,6 +21,8 @@ from torch import nn
 from tautomer.rewrite.errors import UsageError
 
 from .exchange import exchange, exchanged, form_of
+from .guard import edits_of, guard
+from .hugging_face import NAME, implementations, set_attention
 
 FORM = "tautomer.json"
 _FORMAT = 1
@@ -44,14 +46,17 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         frozen = [name for name, parameter in own if code and name not in read and not parameter.requires_grad]
         entry = {"path": path, "class": _name(base), "mode": mode, "frozen": frozen}
         modules.append({**entry, "code": None if code is None else json.loads(code)})
-    if not modules:
+    edits, attention = edits_of(model), NAME in {name for _, name in implementations(model)}
+    if not modules and not edits and not attention:
         raise UsageError(f"no module of this {type(model).__name__} was rewritten", hint="tautomer.optimize_ it first")
     made = {"tautomer": version("tautomer"), "torch": torch.__version__}
     file = Path(folder) / FORM
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(map(json.dumps, modules))
-        file.write_text(f'{{"format": {_FORMAT}, "made by": {json.dumps(made)}, "modules": [\n{lines}\n]}}\n')
+        head = f'"format": {_FORMAT}, "made by": {json.dumps(made)}, "edits": {json.dumps(edits)}'
+        head += f', "attention": {json.dumps(attention)}'
+        file.write_text(f'{{{head}, "modules": [\n{lines}\n]}}\n')
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
     return file
@@ -68,33 +73,43 @@ def load_form(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     wanted: list[tuple[nn.Module, dict[str, Any], str | None]] = []
     base: Any
-    for entry in _read(Path(folder) / FORM):
-        try:
-            module = model.get_submodule(entry["path"])
-        except AttributeError:
-            raise UsageError(f"{type(model).__name__} has no module '{entry['path']}', which the saved form speaks of") from None
+    modules, edits, attention = _read(Path(folder) / FORM)
+    for path in (name.rpartition(".")[0] for name in edits):
+        _module(model, path)
+    for entry in modules:
+        module = _module(model, entry["path"])
         base, _, _ = form_of(module) or (type(module), None, None)
         if _name(base) != entry["class"]:
             raise UsageError(f"'{entry['path']}' is a {_name(base)}; the saved form is for a {entry['class']}")
         code = None if entry["code"] is None else json.dumps(entry["code"])
         exchanged(base, code, entry["mode"])  # what cannot be read is said before anything changes
         wanted.append((module, entry, code))
+    if attention:
+        set_attention(model)
     for module, entry, code in wanted:
         exchange(module, code, entry["mode"])
         for name in entry["frozen"]:
             module.get_parameter(name).requires_grad_(False)
+    guard(model, edits)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise UsageError(f"{type(model).__name__} has no module '{path}', which the saved form speaks of") from None
 
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> tuple[list[dict[str, Any]], dict[str, str], bool]:
     try:
         data = json.loads(file.read_text())
         if data["format"] != _FORMAT:
             raise UsageError(f"{file} has format {data['format']}; this tautomer reads format {_FORMAT}")
-        return list(data["modules"])
+        return list(data["modules"]), dict(data["edits"]), bool(data["attention"])
     except FileNotFoundError:
         raise UsageError(f"there is no {file}", hint="tautomer.save_form(model, folder) writes it") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

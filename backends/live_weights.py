@@ -8,6 +8,7 @@ model: the trajectory is the original's. It costs a pass over the weight at ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,28 +24,27 @@ def compute_edits(graph: fx.Graph, weights: Weights) -> None:
     reads = [node for node in graph.find_nodes(op="get_attr") if node.target in weights and weights[str(node.target)].edited]
     for read in sorted((node for node in reads if node.users), key=lambda node: min(map(order.__getitem__, node.users))):
         with graph.inserting_before(min(read.users, key=order.__getitem__)):
-            read.replace_all_uses_with(_cast(graph, weights, weights[str(read.target)], known))
+            read.replace_all_uses_with(computed(graph, weights[str(read.target)], weights, graph.get_attr, known))
         graph.erase_node(read)
 
 
-def _cast(graph: fx.Graph, weights: Weights, weight: Weight, known: dict[Expression, fx.Node]) -> fx.Node:
-    node = _node(graph, weight.expression, known)
+def computed(
+    graph: fx.Graph, weight: Weight, weights: Weights, read: Callable[[str], fx.Node], known: dict[Expression, fx.Node]
+) -> fx.Node:
+    """The node that computes an edited weight from the leaves that ``read`` reads; ``known`` are those made already."""
+
+    def node(expression: Expression) -> fx.Node:
+        if expression not in known:
+            if isinstance(expression, Leaf):
+                known[expression] = read(expression.name)
+            else:
+                args = tuple(map(operand, expression.args))
+                known[expression] = graph.call_function(expression.target, args, {k: operand(x) for k, x in expression.kwargs})
+        return known[expression]
+
+    def operand(x: Any) -> Any:
+        return [operand(y) for y in x] if isinstance(x, tuple) else node(x) if isinstance(x, Leaf | Apply) else x
+
     made = evaluate(weight.expression, lambda leaf: torch.empty_like(weights.leaves[leaf], device="meta"), None).dtype
-    return node if made == weight.meta.dtype else graph.call_function(torch.ops.aten.to.dtype, (node, weight.meta.dtype))
-
-
-def _node(graph: fx.Graph, expression: Expression, known: dict[Expression, fx.Node]) -> fx.Node:
-    if expression not in known:
-        if isinstance(expression, Leaf):
-            known[expression] = graph.get_attr(expression.name)
-        else:
-            args = tuple(_operand(graph, x, known) for x in expression.args)
-            kwargs = {name: _operand(graph, x, known) for name, x in expression.kwargs}
-            known[expression] = graph.call_function(expression.target, args, kwargs)
-    return known[expression]
-
-
-def _operand(graph: fx.Graph, x: Any, known: dict[Expression, fx.Node]) -> Any:
-    if isinstance(x, tuple):
-        return [_operand(graph, y, known) for y in x]
-    return _node(graph, x, known) if isinstance(x, Leaf | Apply) else x
+    value = node(weight.expression)
+    return value if made == weight.meta.dtype else graph.call_function(torch.ops.aten.to.dtype, (value, weight.meta.dtype))

@@ -21,7 +21,6 @@ from tautomer.rewrite.interpret import writes
 from tautomer.rewrite.pass_base import FIXED
 from tautomer.rewrite.program import Program, path_of
 from tautomer.rewrite.record import eager
-from tautomer.rewrite.weights import Apply, Expression, Leaf
 
 aten = torch.ops.aten
 Seen = Mapping[nn.Module, Sequence[tuple[Any, Any]]]
@@ -94,8 +93,39 @@ class Calls:
         return [node for node in self.nodes.get(call, ()) if not inside.issuperset(node.users)]
 
 
+def settle_edges(program: Program, model: nn.Module, seen: Seen) -> None:
+    """Give a reshape at the edge of a leaf's call to the code around it, where that is what the leaf was given or returned.
+
+    The graph keeps one of two reshapes in a row: that of the heads in attention or the one that a Conv1D begins with.
+    """
+    calls = Calls(program)
+    for call, nodes in calls.nodes.items():
+        looks = set(seen.get(model.get_submodule(path_of(nodes[0])), ()))
+        if len(looks) != 1 or len(nodes) == 1:
+            continue
+        ((given, returned),) = looks
+        first, outputs = nodes[0], calls.outputs(call)
+        own = set(filter(calls.at_run_time, first.all_input_nodes))
+        alone = first not in outputs and set(calls.inputs(call)) == own
+        if first.target in _RESHAPES and _look(first.meta["val"]) == given and alone:
+            _hand_over(first)
+        if len(outputs) == 1 and outputs[0].target in _RESHAPES and _look(outputs[0].meta["val"]) != returned:
+            before = outputs[0].args[0]
+            if before in nodes and _look(before.meta["val"]) == returned:  # type: ignore[union-attr]
+                _hand_over(outputs[0])
+
+
+_RESHAPES = (aten.reshape.default, aten.view.default)
+
+
+def _hand_over(node: fx.Node) -> None:
+    """Let the module around run ``node``."""
+    node.meta["nn_module_stack"] = dict(list(node.meta["nn_module_stack"].items())[:-1])
+
+
 def exchangeable(program: Program, model: nn.Module, seen: Seen) -> dict[str, nn.Module]:
     """The calls whose code can be exchanged, with their modules; every other node of ``program`` is marked as fixed."""
+    settle_edges(program, model, seen)
     calls, found = Calls(program), dict[str, nn.Module]()
     for call, nodes in calls.nodes.items():
         path = path_of(nodes[0])
@@ -169,17 +199,6 @@ def _in_order(output: fx.Node, inside: Callable[[fx.Node], bool]) -> Iterator[fx
             seen.add(node)
             stack.append((node, True))
             stack.extend((operand, False) for operand in reversed(node.all_input_nodes))
-
-
-def live(graph: fx.Graph, expression: Expression, read: Callable[[fx.Graph, str], fx.Node]) -> fx.Node:
-    """The node that computes a weight from the weights that ``read`` reads."""
-    if isinstance(expression, Leaf):
-        return read(graph, expression.name)
-
-    def value(x: Any) -> Any:
-        return tuple(map(value, x)) if isinstance(x, tuple) else live(graph, x, read) if isinstance(x, Leaf | Apply) else x
-
-    return graph.call_function(expression.target, value(expression.args), {k: value(v) for k, v in expression.kwargs})
 
 
 def own_name(name: str, module: nn.Module, leaves: Mapping[str, Tensor]) -> str:

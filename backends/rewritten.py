@@ -25,7 +25,7 @@ from tautomer.rewrite.expected import Expected, check
 from tautomer.rewrite.program import Mode, Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.signature import Signature
-from tautomer.rewrite.weights import MARK, Weights, marked
+from tautomer.rewrite.weights import MARK, Weights, marked, wrongly_marked
 
 from .graph_data import decode_graph, encode_graph
 from .spec_data import plain, spec
@@ -105,12 +105,9 @@ class Rewritten(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
-        given = local_metadata.get(MARK, {})
-        names = dict.fromkeys((*self._edits, *given))
-        wrong = [name for name in names if prefix + name in state_dict and given.get(name) != self._edits.get(name)]
-        if wrong:
+        if (name := wrongly_marked(state_dict, prefix, local_metadata, self._edits)) is not None:
             raise UsageError(
-                f"'{wrong[0]}' of {self._signature.owner} was rewritten, and this state dict does not say that it holds the "
+                f"'{name}' of {self._signature.owner} was rewritten, and this state dict does not say that it holds the "
                 "rewritten weight",
                 hint="load module.weights.from_original(state_dict) if it is the original model's, "
                 "module.own(state_dict) if it is this module's and lost its metadata",

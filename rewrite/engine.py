@@ -242,7 +242,7 @@ class _Engine:
 
     def fits(self, candidate: _Candidate, node: fx.Node) -> bool:
         """Whether a candidate would fire at ``node``, as far as its pattern and its condition tell."""
-        for found in candidate.entry.match(node, self.is_weight) if self.context.admits(candidate.rule, node) else ():
+        for found in candidate.entry.match(node, self.is_weight) if self.context.lets(candidate.rule, node) else ():
             with contextlib.suppress(Refused):
                 require_match(candidate.rule, self.match(candidate, found))
                 return True

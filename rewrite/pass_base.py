@@ -156,13 +156,18 @@ class Context:
     fuel: int | None = None
     data: Data | None = None
 
-    def admits(self, rewrite: Pass, node: fx.Node) -> bool:
-        """Whether ``rewrite`` may fire at ``node``: the user lets it, and the node is not fixed (a refusal). Spends no fuel."""
+    def lets(self, rewrite: Pass, node: fx.Node) -> bool:
+        """Whether the user lets ``rewrite`` fire at ``node``."""
         if self.fuel is not None and self.fuel <= 0:
             return False
         if self.only and not any(_selects(entry, rewrite, node) for entry in self.only):
             return False
-        if any(_selects(entry, rewrite, node) for entry in self.skip):
+        return not any(_selects(entry, rewrite, node) for entry in self.skip)
+
+    def admits(self, rewrite: Pass, node: fx.Node) -> bool:
+        """Whether ``rewrite``, which fits at ``node``, may fire there: the user lets it, and the node is not fixed, which is a
+        refusal. Spends no fuel."""
+        if not self.lets(rewrite, node):
             return False
         reason = fixed(node)
         if reason is not None:

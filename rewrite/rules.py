@@ -73,7 +73,7 @@ def note_misses(rules: Sequence[Rule], program: Program, context: Context) -> No
         if rule.name in heard:
             continue
         entries = compiled(rule).entries
-        alike = (node for node in program.graph.nodes if context.admits(rule, node) and any(e.resembles(node) for e in entries))
+        alike = (node for node in program.graph.nodes if context.lets(rule, node) and any(e.resembles(node) for e in entries))
         miss = _nearest(rule, program, islice(alike, _LOOKS))
         if miss is not None and miss.depth >= max(_ALIKE, compiled(rule).size / 2) and miss not in log.misses:
             log.misses.append(miss)

@@ -272,10 +272,23 @@ MARK = "tautomer"
 
 
 def marked(state: Mapping[str, Tensor], edits: Mapping[str, str]) -> OrderedDict[str, Tensor]:
-    """``state`` as a state dict whose metadata say which of its weights are edited, and how."""
+    """``state`` as a state dict whose metadata say, at every module, which of the weights there and below are edited, and how."""
     twin = OrderedDict(state)
-    twin._metadata = {"": {"version": 1, MARK: dict(edits)}}  # type: ignore[attr-defined]
+    metadata = {path: {**known, MARK: {}} for path, known in getattr(state, "_metadata", {"": {"version": 1}}).items()}
+    for name, edit in edits.items():
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            known = metadata.setdefault(".".join(parts[:depth]), {MARK: {}})
+            known[MARK][".".join(parts[depth:])] = edit
+    twin._metadata = metadata  # type: ignore[attr-defined]
     return twin
+
+
+def wrongly_marked(state: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, Any], edits: Mapping[str, str]) -> str | None:
+    """The first weight below ``prefix`` of a state dict whose ``metadata`` there do not say that it is edited as in ``edits``."""
+    given = metadata.get(MARK, {})
+    names = dict.fromkeys((*edits, *given))
+    return next((name for name in names if prefix + name in state and given.get(name) != edits.get(name)), None)
 
 
 MUTATED = "tautomer_mutated"

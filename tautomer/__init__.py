@@ -32,7 +32,7 @@ from ._front import (
     to_python,
     verify,
 )
-from ._inplace import Rewriting, optimize_
+from ._inplace import Rewriting, fold_, optimize_
 from ._replay import bisect, replay
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "export_onnx",
     "export_package",
     "fold",
+    "fold_",
     "load",
     "load_form",
     "optimize",

@@ -175,7 +175,7 @@ def fold(module: Rewritten, *, check: bool = True) -> Rewritten:
     if not isinstance(module, Rewritten) or module.program is None or not module.program.weights.live:
         raise UsageError(
             "there is nothing to fold: no edit of this module is computed at every call, or it does not know its edits any more",
-            hint="fold what optimize(…, recipe='training') returned, before it is saved and loaded",
+            hint="fold what optimize(…, recipe='training') returned, before it is saved and loaded; fold_ is for optimize_",
         )
     program = module.program.copy()
     values = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}

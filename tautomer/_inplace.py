@@ -8,20 +8,27 @@ A rewrite that the module tree cannot express is refused with its sentence, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tautomer.backends.correspondence import Fault
+from tautomer.backends.exchange import form_of
+from tautomer.backends.guard import edits_of
+from tautomer.backends.hugging_face import NAME, implementations, restore_attention, runs_eager, set_attention
 from tautomer.backends.module_calls import exchangeable, watch
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_module import Edit, plan, written
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
-from tautomer.passes.recipes import Recipe
+from tautomer.passes.raise_.raise_attention import RaiseAttention
+from tautomer.passes.recipes import FOLD, Recipe
 from tautomer.rewrite.claims import Claim
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import CaptureError, ClaimBroken, UsageError
@@ -30,7 +37,7 @@ from tautomer.rewrite.pipeline import Outcome, claim_of, run_passes
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.target import Target
-from tautomer.rewrite.weights import Weights
+from tautomer.rewrite.weights import Weights, marked
 
 from ._front import Progress, _check_entry, _entries, _passes, _progress, _recipe, _report, _target, capture
 
@@ -41,14 +48,36 @@ class Rewriting:
 
     Attributes:
         report: what fired, what did not and why, how exact, what it cost.
-        weights: maps a state dict of the original model to one of this one and back (``weights.from_original``,
-            ``weights.to_original``). It holds the values that were overwritten.
+        weights: the table of the model, over the values that were overwritten.
         modules: the paths of the modules whose code was exchanged.
+        edits: which weights of the model are edited, by name; a state dict says so too, in its metadata.
     """
 
     report: Report
     weights: Weights
     modules: tuple[str, ...]
+    edits: Mapping[str, str]
+
+    def from_original(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of the original model as one of this model, ready to be loaded.
+
+        Example: ``model.load_state_dict(done.from_original(checkpoint))``
+        """
+        return self.own({**state, **self.weights.from_original(state)})
+
+    def to_original(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of this model, perhaps trained further, as one of the original model.
+
+        Raises:
+            UsageError: as of ``Weights.to_original``.
+
+        Example: ``original.load_state_dict(done.to_original(model.state_dict()))``
+        """
+        return OrderedDict(state) | self.weights.to_original(state)
+
+    def own(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of this model that lost its metadata (a plain copy, a safetensors file), ready to be loaded."""
+        return marked(state, self.edits)
 
     def __str__(self) -> str:
         return f"{self.report}  code exchanged in {len(self.modules)} modules\n"
@@ -74,7 +103,15 @@ def optimize_(
     Weights are overwritten, and leaf modules (a norm, an activation, a layer scale) get new code as subclasses of their own
     classes. A weight that a rewrite consumed stays under its key and does nothing: the state dict is right for the original
     classes too, so ``save_pretrained`` → ``from_pretrained`` gives a model of the original form with the same answers.
-    ``tautomer.save_form`` and ``load_form`` carry the new form over.
+    ``tautomer.save_form`` and ``load_form`` carry the new form over. The other way the edits are missing, so a state dict of the
+    original model is refused: load ``done.from_original(state_dict)``.
+
+    Attention that a Hugging Face model runs eagerly goes through the model's registry of attention functions; where it drops
+    out or returns probabilities it is the model's own still.
+
+    With ``recipe="training"`` no weight is overwritten: the new code of a module edits its own parameters at every call, so any
+    optimizer follows the trajectory of the original model, and checkpoints of either load into the other. ``fold_`` afterwards.
+    Attach adapters before it: what one adds to a layer later is not edited, and would be once it is merged.
 
     Do it before ``DistributedDataParallel``, ``fully_shard`` or an optimizer takes the model, and in the dtype it will run in.
 
@@ -96,35 +133,71 @@ def optimize_(
         (('1',), True, False)
     """
     _require_a_bare_model(model)
-    if _recipe(recipe).live and passes is None:
-        raise UsageError(
-            f"the recipe '{_recipe(recipe).name}' edits weights inside the forward; in place they are edited where they are kept",
-            hint="tautomer.optimize(…, recipe='training') makes a module that trains like the original",
-        )
-    tell, where, chosen = _progress(progress), _target(target), _named(_passes(recipe, passes))
+    recipe = _recipe(recipe)
+    tell, where, chosen = _progress(progress), _target(target), _passes(recipe, passes)
     context = Context(only=_entries("only", only), skip=_entries("skip", skip))
     start = perf_counter()
     tell("capturing")
-    captured = _capture(model, args, kwargs, dynamic_shapes, mode)
+    again = functools.partial(_capture, model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
+    original = again()
     for entry in (*context.only, *context.skip):
-        _check_entry(entry, captured)
-    modules = exchangeable(captured, model, watch(model, args, kwargs or {}))
-    seconds = perf_counter() - start
-    tell("rewriting and checking")
-    job = _Job(model, captured, modules, chosen, context, where if passes is None else None)
-    program, outcome, edit = job.settle(check)
-    tell("measuring")
-    report = _report(captured, program, where, outcome, seconds)
-    tell("editing")
-    with written(model, edit, captured.mode) as before:
+        _check_entry(entry, original)
+    with contextlib.ExitStack() as undo:
+        captured, log = undo.enter_context(_attention(model, original, again, chosen, context, check))
+        captured.weights.live = recipe.live
+        modules = exchangeable(captured, model, watch(model, args, kwargs or {}))
+        seconds = perf_counter() - start
+        tell("rewriting and checking")
+        ordered = chosen if recipe.live else _named(chosen)
+        job = _Job(model, captured, modules, ordered, context, where if passes is None else None)
+        program, outcome, edit = job.settle(check)
+        outcome.log.applications[:0], outcome.log.refusals[:0] = log.applications, log.refusals
+        tell("measuring")
+        report = _report(original, program, where, outcome, seconds)
+        tell("editing")
+        before = undo.enter_context(written(model, edit, captured.mode))
         weights = Weights({**edit.weights.leaves, **before}, edit.weights.entries)
         if check and outcome.log.applications:
-            reference, claim = captured.copy(), claim_of(outcome.log.applications, chosen)
+            reference, claim = original.copy(), claim_of(outcome.log.applications, chosen)
             reference.weights.leaves.update(before)
             _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
             outcome.log.notes.extend(_stock(reference, weights, claim))
     names = {module: name for name, module in model.named_modules()}
-    return Rewriting(report, weights, tuple(names[module] for module in edit.code))
+    return Rewriting(report, weights, tuple(names[module] for module in edit.code), edits_of(model))
+
+
+def fold_(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    check: bool = True,
+) -> Rewriting:
+    """Compute the edits of a model that was rewritten in place for training once and for all, from what was learned.
+
+    A weight that other modules read too, a tied table for one, goes on being edited at every call.
+
+    Args: as of ``optimize_``.
+
+    Raises:
+        UsageError: no module of it was rewritten. CaptureError, ClaimBroken: as of ``optimize_``.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+        >>> done = optimize_(block, (torch.randn(2, 8),), recipe="training", target="onnxruntime")
+        >>> torch.allclose(block[0].weight.mean(0), torch.zeros(8), atol=1e-6)
+        False
+        >>> done = fold_(block, (torch.randn(2, 8),))
+        >>> torch.allclose(block[0].weight.mean(0), torch.zeros(8), atol=1e-6)
+        True
+    """
+    if not any(form_of(module) for module in model.modules()):
+        raise UsageError(
+            f"no module of this {type(model).__name__} was rewritten", hint="optimize_(…, recipe='training') it first"
+        )
+    passes = [kind() for kind in FOLD]
+    return optimize_(model, args, kwargs, passes=passes, dynamic_shapes=dynamic_shapes, check=check)
 
 
 def _require_a_bare_model(model: Any) -> None:
@@ -135,6 +208,47 @@ def _require_a_bare_model(model: Any) -> None:
     sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
     if sharded or isinstance(model, nn.parallel.DistributedDataParallel):
         raise UsageError("the model is distributed already", hint="optimize_ it first, then wrap or shard it")
+
+
+@contextlib.contextmanager
+def _attention(
+    model: nn.Module, captured: Program, again: Callable[[], Program], passes: Sequence[Pass], context: Context, check: bool
+) -> Iterator[tuple[Program, Log]]:
+    """The program of a Hugging Face model whose attention goes through the registry, if that raises it; as it was if the body
+    raises."""
+    log = Log()
+    rewrite = next((rewrite for rewrite in passes if isinstance(rewrite, RaiseAttention)), None)
+    if rewrite is None or not runs_eager(model):
+        yield captured, log
+        return
+    before = implementations(model)
+    try:
+        program = _raised(model, captured, again, rewrite, replace(context, log=log), check)
+        if program is None:
+            restore_attention(before)
+        yield program or captured, log
+    except BaseException:
+        restore_attention(before)
+        raise
+
+
+def _raised(
+    model: nn.Module, captured: Program, again: Callable[[], Program], rewrite: Pass, context: Context, check: bool
+) -> Program | None:
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    try:
+        set_attention(model)
+        program = again()
+        raised = program.graph.find_nodes(op="call_function", target=attention)
+        if len(raised) == captured.count(attention) or not all(context.lets(rewrite, node) for node in raised):
+            return None
+        error = check_equivalence(captured, program, rewrite.claim).forward if check else None
+    except (CaptureError, ClaimBroken, UsageError, ValueError) as failure:
+        context.refused(rewrite, captured.output, f"not through the registry of attention functions: {failure}")
+        return None
+    for node in raised:
+        context.applied(rewrite, node, f"through the registry of attention functions, as '{NAME}'", error)
+    return program
 
 
 _LAST = (DropUnusedWeights, NameWeights)
@@ -229,6 +343,8 @@ def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> N
 
 def _stock(reference: Program, weights: Weights, claim: Claim) -> Iterator[Note]:
     """Whether the original classes compute the same with the new weights; if not, the user should know."""
+    if not weights.edits():
+        return
     stock = reference.copy()
     stock.weights = weights
     try:
