@@ -86,14 +86,18 @@ class Masks:
         self._groups = _groups(program)
         self._values: dict[fx.Node, list[Tensor] | Refused] = {}
 
-    def band(self, node: fx.Node, *, keeps: bool = True) -> Band:
+    def band(self, node: fx.Node, *, keeps: bool = True, behind: bool = False) -> Band:
         """What ``node`` keeps: True in a boolean mask (False if it says what it drops), zero in one that is added.
+
+        Args:
+            behind: whether positions count from the bottom right, as behind a past of any length.
 
         Raises:
             Refused: its values depend on more than sizes, or it is no band.
         """
         masks = [kept(value) if keeps else ~kept(value) for value in self.values(node)]
-        band = _band(masks)
+        band = _band([mask.flip(-2, -1) for mask in masks]) if behind else _band(masks)
+        band = Band(band.right, band.left) if behind else band
         return Band(band.left, band.right, ", ".join(dict.fromkeys(f"{mask.shape[-2]}×{mask.shape[-1]}" for mask in masks)))
 
     def values(self, node: fx.Node) -> list[Tensor]:

@@ -120,6 +120,8 @@ TABLE = (
     Op("glu", tautomer.glu.v1),
     Op("rotary", tautomer.rotary.v1),
     Op("normalize", tautomer.normalize.v1),
+    Op("packed_attention", tautomer.packed_attention.v1),
+    Op("cached_attention", tautomer.cached_attention.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
 CONVOLUTIONS = (
