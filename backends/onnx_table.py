@@ -62,7 +62,8 @@ def attention(
             whole = opset23.Expand(attn_mask, opset23.Concat(leading, opset23.Shape(key, start=-2, end=-1), axis=0))
             whole.shape = onnx_ir.Shape([*query.shape[:-1], key.shape[-2]])
             attn_mask = _four_axes(whole)
-        found = attention(*map(_four_axes, (query, key, value)), attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        q, k, v = (_four_axes(x) for x in (query, key, value))
+        found = attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return opset23.Reshape(found, opset23.Concat(leading, opset23.Shape(value, start=-1), axis=0))
     heads = query.shape[1]
     if not enable_gqa and isinstance(heads, int):

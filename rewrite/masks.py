@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from .errors import Refused, require
 from .ops import is_pure
 from .program import Program
-from .samples import symbolic_dims
+from .samples import alike
 from .shapes import Size
 from .weights import Weights
 
@@ -83,7 +83,7 @@ class Masks:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._groups = _groups(program)
+        self._groups = alike(program)
         self._values: dict[fx.Node, list[Tensor] | Refused] = {}
 
     def band(self, node: fx.Node, *, keeps: bool = True, behind: bool = False) -> Band:
@@ -264,18 +264,6 @@ def _bound(size: Size, sizes: Sizes) -> int:
     bound = size.node.expr.subs(sizes)
     require(bound.is_Integer, f"the size {size} depends on more than the sizes of the inputs")
     return int(bound)
-
-
-def _groups(program: Program) -> list[list[Any]]:
-    """The free symbols of the inputs, those with equal sizes in the example together: they may have to be equal."""
-    hints: dict[int, list[Any]] = {}
-    seen: set[Any] = set()
-    for node, value in zip(program.placeholders, program.example, strict=True):
-        for axis, symbol in symbolic_dims(node):
-            if symbol not in seen:
-                seen.add(symbol)
-                hints.setdefault(int(value.shape[axis]), []).append(symbol)
-    return list(hints.values())
 
 
 def _thresholds(region: Sequence[fx.Node], weights: Weights) -> Iterator[int]:

@@ -83,7 +83,7 @@ def _moved(op: GraphOps, node: fx.Node) -> Any:
     if node.target is tautomer.rotary.v1:
         rest[:2] = (_across(op, angle) for angle in rest[:2])
     require(node.target is not aten.unsqueeze.default or rest == [-4], "the new axis is not the first")
-    return op.transpose(op(node.target)(x, *rest), -3, -2)
+    return op.transpose(op(node.target)(x, *rest), -3, -2)  # type: ignore[arg-type]
 
 
 def _across(op: GraphOps, angle: fx.Node) -> Any:

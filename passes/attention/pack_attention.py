@@ -2,9 +2,10 @@
 
     transpose(attention(transpose(q), transpose(k), transpose(v))) = heads(packed_attention(pack(q), pack(k), pack(v)))
 
-q is [batch, t, heads, d] on both sides, its transpose [batch, heads, t, d]; the batch may be missing. ``pack`` makes [batch, t, heads · d] of it and
-``heads`` undoes that: both are views, and cancel against those of the model (``merge_views``). What stands between the
-transposition and the attention goes through it first (``move_transpose``). For targets whose kernel takes packed heads.
+q is [batch, t, heads, d] on both sides, its transpose [batch, heads, t, d]; the batch may be missing. ``pack`` makes
+[batch, t, heads · d] of it and ``heads`` undoes that: both are views, and cancel against those of the model (``merge_views``).
+What stands between the transposition and the attention goes through it first (``move_transpose``). For targets whose kernel
+takes packed heads.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class PackAttention(Rule):
 
 
 def require_packable(m: Match) -> None:
-    """Refuse heads whose number depends on the input, or that are not the same for keys and values; and a batch that is stretched."""
+    """Refuse heads whose number depends on the input or differs between keys and values, and a batch that is stretched."""
     require(rank(m.q) == rank(m.k) == rank(m.v), "queries, keys and values have not the same axes")
     require(all(isinstance(heads(x), int) for x in (m.q, m.k, m.v)), "the number of heads depends on the input")
     require(heads(m.k) == heads(m.v), f"{heads(m.k)} heads of keys and {heads(m.v)} of values")

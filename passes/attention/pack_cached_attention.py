@@ -1,7 +1,9 @@
 """Leave the heads of an attention with a cache side by side, and let the attention keep the cache.
 
     K, V = cat([past_k, transpose(k)]), cat([past_v, transpose(v)])
-    transpose(attention(transpose(q), K, V, mask)), K, V = heads(y), K, V      y, K, V = cached_attention(pack(q), pack(k), pack(v), …)
+    transpose(attention(transpose(q), K, V, mask)), K, V = heads(y), K, V
+
+    y, K, V = cached_attention(pack(q), pack(k), pack(v), past_k, past_v, mask)
 
 As ``pack_attention``; the caches keep their heads before their positions. A mask that keeps what is causal behind the past
 goes afterwards (``raise_cached_mask``).

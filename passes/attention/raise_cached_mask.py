@@ -20,7 +20,7 @@ from tautomer.rewrite.ops import normal
 from tautomer.rewrite.pass_base import Context, Pass, Phase
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.rules import shape
-from tautomer.rewrite.shapes import same
+from tautomer.rewrite.shapes import at_least, same
 
 
 class RaiseCachedMask(Pass):
@@ -44,10 +44,11 @@ class RaiseCachedMask(Pass):
 
 
 def _band(node: fx.Node, masks: Masks) -> Band:
-    query, key, _, past, _, mask, *_ = normal(node)
+    query, mask = (normal(node)[i] for i in (0, 5))
     band = masks.band(mask, behind=True)
     require(band.full or band.causal, f"the mask is {band} behind the past: it stays a mask")
     rows, columns = shape(mask)[-2:]
-    whole = same(rows, shape(query)[1]) and same(columns, shape(past)[2] + shape(key)[1])
-    require(band.full or whole, "the mask is spread over the queries or keys")
+    require(band.full or same(rows, shape(query)[1]), "the mask is spread over the queries")
+    # An attention takes as many columns as keys, or one. If one is no fewer than the rows, there is one row: it sees everything.
+    require(band.full or at_least(columns, rows), "the mask may have fewer columns than rows, and be spread over the keys")
     return band
