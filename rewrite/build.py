@@ -63,8 +63,8 @@ def build(
             marks = inference or [False] * len(outputs)
             if len(marks) != len(outputs):
                 raise CaptureError(
-                    f"the forward of {type(model).__name__} returns {len(marks)} tensors, and {len(outputs)} when it is captured: "
-                    "an object it returns, such as a sliding-window cache, holds other parts then",
+                    f"the forward of {type(model).__name__} returns {len(marks)} tensors, {len(outputs)} when it is captured: "
+                    "what it returns, such as a sliding-window cache, holds other parts then",
                     hint="use_cache=False, or a config without sliding_window",
                 )
             graph.output(tuple(translation.cut(graph, *pair) for pair in zip(outputs, marks, strict=True)))

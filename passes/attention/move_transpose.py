@@ -47,7 +47,8 @@ class MoveTranspose(Pass):
                 continue
             try:
                 require(node.target not in _NORMS or len(node.args[1]) == 1, "the norm is over heads or positions too")  # type: ignore[arg-type]
-                substitute(self, [node], lambda op, node=node: [op.node(_moved(op, node))], editor, context)  # type: ignore[misc]
+                moved = lambda op, node=node: [op.node(_moved(op, node))]  # noqa: E731
+                substitute(self, [node], moved, editor, context, copies=True)
             except Refused as refusal:
                 context.refused(self, node, str(refusal))
 
