@@ -207,6 +207,37 @@ def _places(spec: Any) -> list[str] | None:
 _SINGULAR = {"keys": "key", "values": "value"}
 
 
+def moved_counts(signature: Signature) -> list[str]:
+    """The Python integers inside an object with tensors that comes back with others, ``cumulative_length 9 → 10``.
+
+    A graph has them as constants: a file of it is right for one call, and wrong when it is fed what it returned.
+    """
+    given, returned = ({spec.type: spec.context for spec in _objects(tree)} for tree in (signature.in_spec, signature.out_spec))
+    found = (pair for kind in given.keys() & returned.keys() for pair in _integers(given[kind], returned[kind]))
+    return list(dict.fromkeys(found))
+
+
+def _objects(spec: Any) -> Iterator[Any]:
+    """The nodes of a tree that hold tensors and are no plain containers."""
+    if not spec.is_leaf() and spec.num_leaves:
+        if not issubclass(spec.type, (tuple, list, dict)):
+            yield spec
+        for child in spec.children():
+            yield from _objects(child)
+
+
+def _integers(a: Any, b: Any, name: str = "") -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        # The place of a tensor among the leaves is no number of the object.
+        for key in a.keys() & b.keys() if a.get("_t") != "tensor" else ():
+            yield from _integers(a[key], b[key], str(key))
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        for x, y in zip(a, b, strict=False):
+            yield from _integers(x, y, name)
+    elif type(a) is type(b) is int and a != b:
+        yield f"{name} {a} → {b}"
+
+
 def identifier(name: str) -> str:
     """``name`` as an ONNX identifier.
 

@@ -30,7 +30,7 @@ from tautomer.rewrite.program import Program
 
 from .files import free_axes, writable
 from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
-from .onnx_names import name_sizes, name_weights, named, rename, unsaid
+from .onnx_names import moved_counts, name_sizes, name_weights, named, rename, unsaid
 from .onnx_table import table
 from .to_torch import to_torch
 
@@ -170,6 +170,12 @@ def _validate(program: Program, provider: str, opset: int) -> None:
         raise UsageError(f"opset {opset} cannot be written; {OPSETS[0]} to {OPSETS[-1]} can")
     if program.mode == "train":
         raise UsageError(f"{program.name} was captured in train mode, an ONNX file computes eval mode", hint="call model.eval()")
+    counts = moved_counts(program.signature)
+    if counts:
+        raise ExportError(
+            f"{program.name} counts its steps in Python ({', '.join(counts)}): the file would be right for this step alone",
+            hint="a model whose cache has no sliding window (sliding_window=None), or use_cache=False",
+        )
     border = [*program.placeholders, *program.output.all_input_nodes]
     if any(isinstance(x := node.meta.get("val"), Tensor) and x.is_complex() for node in border):
         raise ExportError(

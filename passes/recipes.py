@@ -17,11 +17,16 @@ from tautomer.rewrite.pass_base import Pass
 from tautomer.rewrite.streams import AfterDropout
 
 from .attention.merge_parallel_linears import MergeParallelLinears
+from .attention.move_transpose import MoveTranspose
+from .attention.pack_attention import PackAttention
+from .attention.pack_cached_attention import PackCachedAttention
+from .attention.raise_cached_mask import RaiseCachedMask
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
 from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
+from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
 from .memory.approximate_activations import ApproximateActivations
 from .memory.lean_activations import LeanActivations
@@ -146,9 +151,17 @@ NORM: tuple[type[Pass], ...] = (
     LayerNormToRmsNorm,
     FoldNormShift,
 )
-CHOOSE: tuple[type[Pass], ...] = (FuseAddLayerNorm, FuseAddRmsNorm)
+CHOOSE: tuple[type[Pass], ...] = (
+    FuseAddLayerNorm,
+    FuseAddRmsNorm,
+    MoveTranspose,
+    PackAttention,
+    PackCachedAttention,
+    RaiseCachedMask,
+)
 """Forms that a target must ask for: none of them pays by itself."""
 CLEANUP: tuple[type[Pass], ...] = (
+    MergeViews,
     FoldConstants,
     FoldWeights,
     MergeEqualExpressions,

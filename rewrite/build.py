@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._torch import set_grad_enabled_region, unlifted_module
+from .errors import CaptureError
 from .interpret import writes
 from .ops import form_of
 from .program import Program
@@ -71,6 +72,12 @@ def translate(
         elif node.op == "output":
             outputs = fx.node.map_arg(tuple(node.args[0]), mapped.__getitem__)
             marks = inference or [False] * len(outputs)
+            if len(marks) != len(outputs):
+                raise CaptureError(
+                    f"the forward of {signature.owner} returns {len(marks)} tensors, {len(outputs)} when it is captured: "
+                    "what it returns, such as a sliding-window cache, holds other parts then",
+                    hint="use_cache=False, or a config without sliding_window",
+                )
             graph.output(tuple(translation.cut(graph, *pair) for pair in zip(outputs, marks, strict=True)))
         else:
             translation.copy(node, graph, mapped)

@@ -278,6 +278,14 @@ def spell_product(op: Ops, x: Any, y: Any) -> Any:
     return op.matmul(x, y)
 
 
+def spell_permute(op: Ops, x: Any, order: Any) -> Any:
+    """permute(x, 0 2 1 3) = transpose(x, 1, 2): what exchanges two axes of three or more is a transposition"""
+    if not isinstance(order, (list, tuple)) or len(order) < 3 or not all(isinstance(axis, int) for axis in order):
+        return None
+    moved = [axis - len(order) for axis, source in enumerate(order) if axis != source % len(order)]
+    return op.transpose(x, *moved) if len(moved) == 2 else None
+
+
 def merge_reshapes(op: Ops, x: Any, shape: Any) -> Any:
     """reshape(reshape(x, s), r) = reshape(x, r)"""
     inner = op.inside(x, "reshape")
@@ -400,6 +408,7 @@ SPELLINGS: dict[Any, tuple[Spelling, ...]] = {
     aten.view.default: (Spelling(spell_view),),
     aten._unsafe_view.default: (Spelling(spell_view),),
     aten.reshape.default: (Spelling(merge_reshapes),),
+    aten.permute.default: (Spelling(spell_permute),),
     aten.t.default: (Spelling(drop_double_transpose),),
     aten.addmm.default: (Spelling(linear_from_addmm, _one_bias, _SUM),),
     aten.bmm.default: (Spelling(spell_product),),

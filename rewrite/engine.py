@@ -255,7 +255,8 @@ class _Engine:
         """Where the new nodes stand: after everything they may read, before everything that reads them."""
         if len(match.roots) == 1:
             return match.root
-        users = [user for root in match.roots for user in root.users if user not in match.nodes]
+        gone = dying(match.roots)  # an op below the roots may stay for another reader, and read one of them
+        users = [x for root in match.roots for x in root.users if x not in match.nodes or x not in gone]
         anchor = min(users, default=max(match.roots).next)
         late = next((node for node in _frontier(match.values.values()) if not node < anchor), None)
         require(late is None, f"'{late}' is computed only after one of the siblings is read")

@@ -122,6 +122,71 @@ def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     return x / length.clamp_min(eps)
 
 
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    key_heads: int,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q kᵀ + mask) v for heads that lie side by side in the last axis, as linear layers write and read them.
+
+    Args:
+        query: ``[batch, t, heads * d]``.
+        key: ``[batch, s, key_heads * d]``; each head serves ``heads / key_heads`` heads of the queries.
+        value: ``[batch, s, key_heads * e]``.
+        mask: as of ``scaled_dot_product_attention``, broadcast to ``[batch, heads, t, s]``.
+        causal: position i sees the positions j ≤ i.
+
+    Returns:
+        ``[batch, t, heads * e]``.
+    """
+    q, k, v = (_apart(x, n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=heads != key_heads)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _apart(x: Tensor, heads: int) -> Tensor:
+    """[batch, t, heads * d] → [batch, heads, t, d]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    key_heads: int,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``packed_attention`` over the keys and values of the past and of now: its result, and both caches for the next call.
+
+    Args:
+        past_key: ``[batch, key_heads, p, d]``.
+        past_value: ``[batch, key_heads, p, e]``.
+        mask: broadcast to ``[batch, heads, t, p + s]``.
+        causal: position i of now, the p + i-th of all, sees the positions j ≤ p + i; without a mask then.
+
+    Returns:
+        ``[batch, t, heads * e]``, ``[batch, key_heads, p + s, d]``, ``[batch, key_heads, p + s, e]``.
+    """
+    q, k, v = (_apart(x, n) for x, n in ((query, heads), (key, key_heads), (value, key_heads)))
+    k, v = torch.cat((past_key, k), 2), torch.cat((past_value, v), 2)
+    if causal:
+        if mask is not None:
+            raise ValueError("cached_attention is causal or takes a mask, not both")
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past_key.shape[2])
+    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=heads != key_heads)
+    return y.transpose(1, 2).flatten(2), k, v
+
+
 SEMANTIC = (
     Semantic("crms_norm.v1(Tensor x, Tensor? weight=None, float eps=1e-05) -> Tensor", crms_norm),
     Semantic(
@@ -138,6 +203,16 @@ SEMANTIC = (
     Semantic("glu.v1(Tensor gate, Tensor up, str activation) -> Tensor", glu),
     Semantic("rotary.v1(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor", rotary),
     Semantic("normalize.v1(Tensor x, float eps=1e-12) -> Tensor", normalize),
+    Semantic(
+        "packed_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, int heads, int key_heads, bool causal=False, "
+        "float? scale=None) -> Tensor",
+        packed_attention,
+    ),
+    Semantic(
+        "cached_attention.v1(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, Tensor? mask, "
+        "int heads, int key_heads, bool causal=False, float? scale=None) -> (Tensor, Tensor, Tensor)",
+        cached_attention,
+    ),
 )
 """Every op of the namespace ``tautomer``."""
 

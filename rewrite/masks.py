@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from .errors import Refused, require
 from .ops import is_pure
 from .program import Program
-from .samples import symbolic_dims
+from .samples import alike
 from .shapes import Size
 from .weights import Weights
 
@@ -83,17 +83,21 @@ class Masks:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._groups = _groups(program)
+        self._groups = alike(program)
         self._values: dict[fx.Node, list[Tensor] | Refused] = {}
 
-    def band(self, node: fx.Node, *, keeps: bool = True) -> Band:
+    def band(self, node: fx.Node, *, keeps: bool = True, behind: bool = False) -> Band:
         """What ``node`` keeps: True in a boolean mask (False if it says what it drops), zero in one that is added.
+
+        Args:
+            behind: whether positions count from the bottom right, as behind a past of any length.
 
         Raises:
             Refused: its values depend on more than sizes, or it is no band.
         """
         masks = [kept(value) if keeps else ~kept(value) for value in self.values(node)]
-        band = _band(masks)
+        band = _band([mask.flip(-2, -1) for mask in masks]) if behind else _band(masks)
+        band = Band(band.right, band.left) if behind else band
         return Band(band.left, band.right, ", ".join(dict.fromkeys(f"{mask.shape[-2]}×{mask.shape[-1]}" for mask in masks)))
 
     def values(self, node: fx.Node) -> list[Tensor]:
@@ -260,18 +264,6 @@ def _bound(size: Size, sizes: Sizes) -> int:
     bound = size.node.expr.subs(sizes)
     require(bound.is_Integer, f"the size {size} depends on more than the sizes of the inputs")
     return int(bound)
-
-
-def _groups(program: Program) -> list[list[Any]]:
-    """The free symbols of the inputs, those with equal sizes in the example together: they may have to be equal."""
-    hints: dict[int, list[Any]] = {}
-    seen: set[Any] = set()
-    for node, value in zip(program.placeholders, program.example, strict=True):
-        for axis, symbol in symbolic_dims(node):
-            if symbol not in seen:
-                seen.add(symbol)
-                hints.setdefault(int(value.shape[axis]), []).append(symbol)
-    return list(hints.values())
 
 
 def _thresholds(region: Sequence[fx.Node], weights: Weights) -> Iterator[int]:

@@ -122,6 +122,8 @@ TABLE = (
     Op("rotary", tautomer.rotary.v1),
     Op("normalize", tautomer.normalize.v1),
     *(Op(own.name.partition(".")[0], own.overload) for own in LEAN),
+    Op("packed_attention", tautomer.packed_attention.v1),
+    Op("cached_attention", tautomer.cached_attention.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
 CONVOLUTIONS = (

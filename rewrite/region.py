@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .emit import Editor
 from .errors import ClaimBroken
 from .evidence import FORWARD, GRADIENT, relative_error
 from .patterns import Found
+from .samples import alike
 from .shapes import Size, key
 from .weights import Apply, Expression, Leaf, evaluate, leaves
 
@@ -141,10 +143,13 @@ class _Sample:
 def _run_old(old: Region, new: Region, editor: Editor) -> _Sample:
     inputs = tuple(dict.fromkeys((*old.inputs, *new.inputs)))
     problem: Exception | None = None
-    for sizes in _SIZES:
+    together: dict[Any, int] = {symbol: i for i, group in enumerate(alike(editor.program)) for symbol in group}
+    # What has one size in the example may have to have one: the two tensors of a cache.
+    for fixed, sizes in product(({}, together), _SIZES):
+        bindings = {symbol: sizes[i % len(sizes)] for symbol, i in fixed.items()}
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.default_generator.manual_seed(0)
-            values, variables = _draw_all(inputs, sizes, editor)
+            values, variables = _draw_all(inputs, bindings, sizes, editor)
             torch.default_generator.manual_seed(0)
             try:
                 return _Sample(values, variables, _run(old, values))
@@ -169,8 +174,9 @@ def _promote(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x in _FLOATS else x
 
 
-def _draw_all(inputs: Sequence[fx.Node], sizes: tuple[int, ...], editor: Editor) -> tuple[dict[fx.Node, Any], list[Tensor]]:
-    bindings: dict[Any, int] = {}
+def _draw_all(
+    inputs: Sequence[fx.Node], bindings: dict[Any, int], sizes: tuple[int, ...], editor: Editor
+) -> tuple[dict[fx.Node, Any], list[Tensor]]:
     expressions = {node: editor.expression(node) for node in inputs}
     names = dict.fromkeys(name for e in expressions.values() if e is not None for name in leaves(e))
     leaf = {name: _leaf(editor.program.weights.leaves[name]) for name in names}

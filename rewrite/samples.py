@@ -118,6 +118,18 @@ def symbolic_dims(node: fx.Node) -> list[tuple[int, Any]]:
     return [(axis, size.node.expr) for axis, size in sizes if size.node.expr.is_Symbol]
 
 
+def alike(program: Program) -> list[list[Any]]:
+    """The free symbols of the inputs, those with equal sizes in the example together: they may have to be equal."""
+    hints: dict[int, list[Any]] = {}
+    seen: set[Any] = set()
+    for node, value in zip(program.placeholders, program.example, strict=True):
+        for axis, symbol in symbolic_dims(node):
+            if symbol not in seen:
+                seen.add(symbol)
+                hints.setdefault(int(value.shape[axis]), []).append(symbol)
+    return list(hints.values())
+
+
 def _sized(program: Program, sizes: dict[Any, int], generator: torch.Generator | None) -> Sample:
     inputs = []
     for node, value in zip(program.placeholders, program.example, strict=True):

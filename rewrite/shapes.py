@@ -34,6 +34,11 @@ def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
     return len(a) == len(b) and all(map(same, a, b))
 
 
+def at_least(a: Size, b: Size) -> bool:
+    """Whether ``a`` is no less than ``b`` for every input."""
+    return a >= b if isinstance(a, int) and isinstance(b, int) else bool(statically_known_true(a >= b))  # type: ignore[arg-type]
+
+
 def key(size: Size) -> Hashable:
     """A hashable stand-in for a size (``SymInt`` is not hashable)."""
     return size if isinstance(size, int) else size.node.expr

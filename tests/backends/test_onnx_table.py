@@ -84,6 +84,61 @@ def test_masked_attention(boolean):
     assert not numpy.isnan(found.numpy()).any()
 
 
+def close(found, wanted, bound=1e-5):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+
+
+def test_attention_of_other_ranks():
+    mask = torch.rand(4, 5, 7) > 0.2
+    groups = [[torch.randn(*leading, 4, *n) for n in ((5, 8), (7, 8), (7, 6))] for leading in ((), (2,), (2, 3))]
+
+    def attend(mask, *xs):
+        calls = [(*xs[i : i + 3], *more) for i in (0, 3, 6) for more in ((), (mask,))]
+        return [functional.scaled_dot_product_attention(*call) for call in calls]
+
+    inputs = mask, *(x for group in groups for x in group)
+    model, *found = run(attend, *inputs)
+    assert kinds(model)["Attention"] == 6
+    close(found, attend(*inputs))
+
+
+MASKS = [(5, 7), (1, 7), (5, 1), (1, 1), (4, 5, 7), (4, 1, 7), (2, 1, 5, 7), (2, 1, 1, 7), (1, 4, 5, 1), (2, 4, 5, 7)]
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masks_broadcast(boolean):
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
+    masks = [torch.rand(shape) > 0.2 if boolean else torch.randn(shape) for shape in MASKS]
+
+    def attend(q, k, v, *masks):
+        packed = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+        now, past = [x[:, 3:] for x in packed[1:]], (k[:, :, :3], v[:, :, :3])
+        for mask in masks:
+            yield functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            yield tautomer.packed_attention.v1(*packed, mask, 4, 4)
+            yield from tautomer.cached_attention.v1(packed[0], *now, *past, mask, 4, 4)  # a kernel without caches to return fails
+
+    model, *found = run(lambda *xs: tuple(attend(*xs)), q, k, v, *masks)
+    assert kinds(model)["Attention"] == 3 * len(masks)
+    close(found, attend(q, k, v, *masks))
+
+
+PACKED = [(4, 4, False, torch.float32), (4, 2, True, torch.float32), (4, 1, True, torch.float16), (4, 2, False, torch.float64)]
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+@pytest.mark.parametrize(("heads", "shared", "causal", "dtype"), PACKED)
+def test_packed_heads(heads, shared, causal, dtype, opset):
+    sizes = (5, heads * 8), (5, shared * 8), (5, shared * 6), (shared, 3, 8), (shared, 3, 6)
+    inputs = [torch.randn(2, *n, dtype=dtype) for n in sizes]
+    rest = None, heads, shared, causal, 0.3
+    call = lambda *xs: (tautomer.packed_attention.v1(*xs[:3], *rest), *tautomer.cached_attention.v1(*xs, *rest))  # noqa: E731
+    model, *found = run(call, *inputs, opset=opset)
+    assert kinds(model) == {"Attention": 2}
+    close(found, call(*inputs), 5e-3 if dtype == torch.float16 else 1e-5)
+
+
 @pytest.mark.parametrize(
     ("op", "function"),
     [

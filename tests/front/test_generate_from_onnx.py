@@ -6,21 +6,28 @@ import numpy
 import onnxruntime
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from tautomer.backends.to_onnx import to_onnx
-from tautomer.rewrite.capture import capture
+import tautomer
+from tautomer.rewrite.errors import ExportError
 
 NEW = 50
 TOKENS = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 
 def gpt2():
-    return GPT2LMHeadModel(GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **TOKENS))
+    return GPT2LMHeadModel(GPT2Config(n_positions=128, n_embd=32, n_layer=3, n_head=4, **TOKENS))
 
 
 def llama():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=128, **TOKENS))
 
 
@@ -42,7 +49,9 @@ def generate(session, tokens, masked):
     return seen, min(margins)
 
 
-@pytest.mark.parametrize(("make", "masked"), [(gpt2, False), (llama, True)])
+@pytest.mark.parametrize(
+    ("make", "masked"), [(gpt2, False), *(pytest.param(llama, masked, marks=pytest.mark.zoo) for masked in (False, True))]
+)
 def test_the_file_generates_what_pytorch_generates(make, masked, tmp_path):
     torch.manual_seed(0)
     model = make().eval()
@@ -51,10 +60,13 @@ def test_the_file_generates_what_pytorch_generates(make, masked, tmp_path):
     call = {"input_ids": torch.randint(1, 101, (2, 3)), "past_key_values": cache, "use_cache": True}
     if masked:
         call["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
-    report = to_onnx(capture(model, (), call), tmp_path / "m.onnx", reference=model)
-    assert report.error is not None and report.error <= 1e-5 and report.nodes["Attention"] == 2
+    fast = tautomer.optimize(model, (), call, target="onnxruntime")
+    report = tautomer.export_onnx(fast, tmp_path / "m.onnx", (), call)
+    assert report.error is not None and report.error <= 1e-5 and report.nodes["Attention"] == 3
+    assert "Transpose" not in report.nodes and ("Reshape" in report.nodes) == (make is llama)  # a rotary reads heads apart
+    assert masked == ("LessOrEqual" in report.nodes)  # a mask of sizes alone is gone
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    cached = [f"{{}}.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    cached = [f"{{}}.{layer}.{part}" for layer in (0, 1, 2) for part in ("key", "value")]
     assert {x.name for x in session.get_inputs()} - {"input_ids", "attention_mask"} == {
         x.format("past_key_values") for x in cached
     }
@@ -65,3 +77,14 @@ def test_the_file_generates_what_pytorch_generates(make, masked, tmp_path):
     expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
     assert margin > 1e-5  # no tie decides
     assert found.tolist() == expected.tolist()
+
+
+def test_a_cache_that_counts_in_python_is_refused(tmp_path):
+    # A sliding window's positions would be constants of the file: right for one step, wrong when fed what it returned.
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=6, **TOKENS)).eval()
+    with torch.no_grad():
+        cache = model(torch.randint(1, 101, (2, 9)), use_cache=True).past_key_values
+    call = {"input_ids": torch.randint(1, 101, (2, 1)), "past_key_values": cache, "use_cache": True}
+    with pytest.raises(ExportError, match=r"counts its steps in Python \(cumulative_length 9 → 10\).*\n.*sliding_window=None"):
+        tautomer.export_onnx(model, tmp_path / "m.onnx", (), call)

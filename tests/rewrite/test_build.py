@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import keyword
 
+import pytest
 import torch
 from torch import nn
 
 from tautomer.rewrite.capture import capture
+from tautomer.rewrite.errors import CaptureError
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import arguments, path_of, source_of
 
@@ -119,3 +121,12 @@ def test_checks_of_the_exporter_are_dropped():
 
     program = capture(Casts(), (torch.randn(2, 4),))
     assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.mul.Tensor"]
+
+
+def test_a_forward_that_returns_other_tensors_when_it_is_captured_is_refused():
+    class Grows(nn.Module):
+        def forward(self, x):
+            return (x + 1, x + 2) if torch.compiler.is_exporting() else (x + 1,)
+
+    with pytest.raises(CaptureError, match="Grows returns 1 tensors, 2 when it is captured"):
+        capture(Grows(), (torch.randn(2, 4),))

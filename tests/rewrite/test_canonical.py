@@ -295,3 +295,16 @@ def test_a_number_holds_what_its_dtype_holds():
 def test_a_lifted_floor_is_a_full():
     assert calls(lambda m, x: torch.max(x, torch.tensor(-2.0))) == ["full", "max"]
     assert calls(lambda m, x: torch.max(x, m.b[0])) == ["select", "max"]
+
+
+@pytest.mark.parametrize(("order", "axes"), [((0, 2, 1), (-2, -1)), ((1, 0, 2), (-3, -2)), ((-1, 1, 0), (-3, -1))])
+def test_a_permutation_of_two_axes_is_a_transposition(order, axes):
+    program = capture(Runs(lambda m, x: x.relu().permute(order) + 1).eval(), (torch.randn(2, 3, 4),))
+    assert program.count(aten.permute.default) == 0
+    (node,) = program.graph.find_nodes(op="call_function", target=aten.transpose.int)
+    assert node.args[1:] == axes
+
+
+def test_a_permutation_of_three_axes_stays():
+    program = capture(Runs(lambda m, x: x.relu().permute(1, 2, 0) + 1).eval(), (torch.randn(2, 3, 4),))
+    assert program.count(aten.permute.default) == 1

@@ -24,6 +24,8 @@ BODIES = {
     "glu.v1": "172b445a405d",
     "rotary.v1": "a0afd8bf4095",
     "normalize.v1": "e21d0718fe1b",
+    "packed_attention.v1": "ad0ec0f124f2",
+    "cached_attention.v1": "d3107ab3db51",
 }
 """torch.compile's disk cache knows an op by its name: if a hash here is wrong, give the op the next version."""
 
@@ -117,6 +119,38 @@ def test_rotary_turns_pairs_of_the_first_channels_in_the_plane(interleaved: bool
     assert torch.equal(y[..., 6:], x[..., 6:])
 
 
+def apart(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def weighted(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Attention written out, q and k per head, heads packed."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_attention_is_attention_per_head(causal: bool) -> None:
+    q, k, v = (torch.randn(2, 5, n, dtype=torch.float64) for n in (24, 12, 16))
+    past = torch.randn(2, 2, 3, 6, dtype=torch.float64), torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    keep = torch.ones(5, 5, dtype=torch.bool).tril() if causal else torch.ones(5, 5, dtype=torch.bool)
+    wanted = weighted(apart(q, 4), apart(k, 2), apart(v, 2), keep)
+    found = tautomer.packed_attention.v1(q, k, v, None, 4, 2, causal, 0.3)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    K, V = (torch.cat([old, apart(new, 2)], 2) for old, new in zip(past, (k, v), strict=True))
+    keep = torch.cat([torch.ones(5, 3, dtype=torch.bool), keep], 1)
+    found, *caches = tautomer.cached_attention.v1(q, k, v, *past, None, 4, 2, causal, 0.3)
+    torch.testing.assert_close(found, weighted(apart(q, 4), K, V, keep), rtol=1e-13, atol=1e-13)
+    assert torch.equal(caches[0], K) and torch.equal(caches[1], V)
+
+
+def test_cached_attention_is_causal_or_takes_a_mask() -> None:
+    q, past = torch.randn(1, 2, 8), torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="not both"):
+        tautomer.cached_attention.v1(q, q, q, past, past, torch.ones(2, 5).bool(), 2, 2, True)
+
+
 class Calls(nn.Module):
     def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -134,6 +168,10 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "glu.v1": lambda x: tautomer.glu.v1(x, x.sin(), "gelu_tanh"),
     "rotary.v1": lambda x: tautomer.rotary.v1(x, x[:1, :6].sin(), x[:1, :6].tanh(), True),
     "normalize.v1": lambda x: tautomer.normalize.v1(x),
+    "packed_attention.v1": lambda x: tautomer.packed_attention.v1(x[None], x[None].sin(), x[None].cos(), None, 4, 4, True),
+    "cached_attention.v1": lambda x: tautomer.cached_attention.v1(
+        x[None], x[None].sin(), x[None].cos(), x.exp().view(1, 4, 4, 2), x.tanh().view(1, 4, 4, 2), None, 4, 4, True
+    )[0],
 }
 
 
