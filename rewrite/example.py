@@ -319,7 +319,9 @@ def _gradients(run: Callable[[], Sequence[Any]], wanted: Sequence[Tensor]) -> li
         if not outputs or not wanted:
             return [torch.zeros_like(x) for x in wanted]
         seed_generators()
-        found = torch.autograd.grad(outputs, wanted, [torch.randn_like(y) for y in outputs], allow_unused=True)
+        # Not randn_like: it draws in the order of memory, which may be another one.
+        along = [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs]
+        found = torch.autograd.grad(outputs, wanted, along, allow_unused=True)
     except Exception:
         return None
     return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)]

@@ -142,6 +142,19 @@ def test_a_weight_written_under_no_grad_would_lose_its_gradient():
     assert capture(model.requires_grad_(False), (X,), mode="train").mode == "train"
 
 
+class Transposed(nn.Module):
+    """In canonical form its output has other strides."""
+
+    def forward(self, x):
+        return torch.cat([torch.empty(0), x.transpose(1, 2)], -1) + 1.5
+
+
+def test_gradients_are_compared_along_the_same_direction_whatever_the_strides():
+    model, x = Transposed(), torch.randn(2, 3, 4)
+    program = capture(model, (x,), mode="train")
+    assert program.output.args[0][0].meta["val"].stride() != model(x).stride()
+
+
 def test_the_comparison_leaves_no_gradients_behind():
     model = Model(Model.inner)
     model.after.weight.requires_grad_(False)
