@@ -68,11 +68,11 @@ def run_passes(
     program.forget()
     original = program.copy()
     start = perf_counter()
-    admitted = [p for p in passes if _pays(p, program, target, outcome)]
+    admitted = [p for p in passes if p.phase == "choose" or _pays(p, program, target, outcome)]
     outcome.seconds |= {"profit": perf_counter() - start, "rewriting": 0.0}
     before = original
     for chain in _chains(admitted):
-        if _run_chain(chain, program, before, context, outcome, check):
+        if _run_chain(chain, program, before, target, context, outcome, check):
             program.forget()
             before = program.copy()
     if outcome.evidence is not None and outcome.evidence.differences:
@@ -93,12 +93,19 @@ def _chains(passes: Sequence[Pass]) -> list[list[Pass]]:
     return chains
 
 
-def _run_chain(chain: Sequence[Pass], program: Program, before: Program, context: Context, outcome: Outcome, check: bool) -> bool:
-    """Apply and answer for ``chain``; whether anything fired. ``before`` is the program as it is now."""
+def _run_chain(
+    members: Sequence[Pass], program: Program, before: Program, target: Target | None, context: Context, outcome: Outcome,
+    check: bool,
+) -> bool:  # fmt: skip
+    """Apply and answer for a chain; whether anything fired. ``before`` is the program as it is now."""
     start, fuel = _mark(context.log), context.fuel
-    with _timed(outcome, "rewriting"), no_new_guards(program.fake_mode):
-        for group in _groups(chain):
-            _apply(group, program, context)
+    chain: list[Pass] = []
+    for group in _groups(members):
+        # A form is chosen for what was recognised by then, not for what was captured.
+        paying = [p for p in group if p.phase != "choose" or _pays(p, program, target, outcome)]
+        chain += paying
+        with _timed(outcome, "rewriting"), no_new_guards(program.fake_mode):
+            _apply(paying, program, context)
     if not check or len(context.log.applications) == start[0]:
         return False
     with _timed(outcome, "verification"):

@@ -249,7 +249,7 @@ class Snapshot:
         self.model = model
         self.contents: list[tuple[Any, Any]] = []
         self.tensors: dict[int, Tensor] = {}
-        self.copies: dict[int, tuple[Tensor, Any]] = {}
+        self.copies: dict[int, tuple[Tensor, bool, Any]] = {}
         self._remember(model)
         for buffer in model.buffers():
             self._keep(buffer)
@@ -279,7 +279,8 @@ class Snapshot:
             return
         key = storage_key(tensor)
         if key not in self.copies:
-            self.copies[key] = (tensor, tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
+            memory = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
+            self.copies[key] = (tensor, tensor.is_leaf, memory)
 
     @contextlib.contextmanager
     def guarding(self) -> Iterator[None]:
@@ -335,8 +336,10 @@ class Snapshot:
 
     def restore_memory(self) -> None:
         """Put back what was written into tensors, and leave those that took their place."""
-        for tensor, memory in self.copies.values():
+        for tensor, leaf, memory in self.copies.values():
             tensor.untyped_storage().copy_(memory)
+            if leaf and not tensor.is_leaf:  # a buffer that a value with a gradient was added to
+                tensor.detach_()
 
     def _owners(self, item: Any, names: Mapping[int, str]) -> list[str]:
         """The attributes that hold a container, for the note about it."""

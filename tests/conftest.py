@@ -13,7 +13,6 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import setuptools  # noqa: F401  Inductor imports it while other threads import too: then it may find the stdlib's distutils, and warn
 import torch
 
 torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="nothing to install with")
+pytestmark = pytest.mark.skipif(not list(importlib.metadata.distributions(name="pip")), reason="nothing to install with")
 
 PLUGIN = '''
 """Take the logarithm of a softmax in one step.

@@ -142,6 +142,25 @@ def test_a_weight_written_under_no_grad_would_lose_its_gradient():
     assert capture(model.requires_grad_(False), (X,), mode="train").mode == "train"
 
 
+class Accumulates(nn.Module):
+    """A buffer takes in what has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("total", torch.zeros(8))
+
+    def forward(self, x):
+        self.total.add_(self.linear(x).sum(0))
+        return x * self.total
+
+
+def test_a_buffer_that_took_in_a_gradient_is_what_it_was():
+    model = Accumulates()
+    capture(model, (X,), mode="train")
+    assert model.total.is_leaf and not model.total.any()
+
+
 class Transposed(nn.Module):
     """In canonical form its output has other strides."""
 
