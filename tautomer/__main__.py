@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,18 +76,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a model as ONNX, run it on ONNX Runtime and compare."""
-    loaded = load_model(model)
-    sizes = "static" if static else "auto"
-    subject: Any = loaded.model
-    with _progress(as_json) as tell:
-        if rewrite:
-            target = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
-            subject = tautomer.optimize(subject, loaded.args, loaded.kwargs, target=target, dynamic_shapes=sizes, progress=tell)
-        tell("exporting and running the file")
-        report = tautomer.export_onnx(
-            subject, path, loaded.args, loaded.kwargs, provider=provider, opset=opset, dynamic_shapes=sizes
-        )
-    _show(report, dataclasses.asdict(report), as_json)
+    target = "onnxruntime" if provider == "cpu" else f"onnxruntime-{provider}"
+    write = partial(tautomer.export_onnx, provider=provider, opset=opset)
+    _write(write, "exporting and running the file", model, path, {"target": target} if rewrite else None, static, as_json)
 
 
 @app.command()
@@ -101,17 +93,9 @@ def python(
     as_json: Json = False,
 ) -> None:
     """Write a model as readable Python that needs no tautomer, and compare."""
-    loaded = load_model(model)
-    sizes = "static" if static else "auto"
-    subject: Any = loaded.model
-    with _progress(as_json) as tell:
-        if rewrite:
-            subject = tautomer.optimize(
-                subject, loaded.args, loaded.kwargs, recipe=recipe, target=target, dynamic_shapes=sizes, progress=tell
-            )
-        tell("writing and running the package")
-        report = tautomer.to_python(subject, folder, loaded.args, loaded.kwargs, dynamic_shapes=sizes, overwrite=overwrite)
-    _show(report, dataclasses.asdict(report), as_json)
+    write = partial(tautomer.to_python, overwrite=overwrite)
+    settings: Mapping[str, Any] | None = {"recipe": recipe, "target": target} if rewrite else None
+    _write(write, "writing and running the package", model, folder, settings, static, as_json)
 
 
 @app.command()
@@ -123,16 +107,28 @@ def package(
     as_json: Json = False,
 ) -> None:
     """Compile a model ahead of time with AOTInductor, reload the package and compare."""
+    settings = {"target": "inductor"} if rewrite else None
+    _write(tautomer.export_package, "compiling and running the package", model, path, settings, static, as_json)
+
+
+def _write(
+    write: Callable[..., Any],
+    doing: str,
+    model: str,
+    place: Path,
+    settings: Mapping[str, Any] | None,
+    static: bool,
+    as_json: bool,
+) -> None:
+    """Write a model to ``place``; with ``settings`` of ``optimize``, rewritten first."""
     loaded = load_model(model)
     sizes = "static" if static else "auto"
     subject: Any = loaded.model
     with _progress(as_json) as tell:
-        if rewrite:
-            subject = tautomer.optimize(
-                subject, loaded.args, loaded.kwargs, target="inductor", dynamic_shapes=sizes, progress=tell
-            )
-        tell("compiling and running the package")
-        report = tautomer.export_package(subject, path, loaded.args, loaded.kwargs, dynamic_shapes=sizes)
+        if settings is not None:
+            subject = tautomer.optimize(subject, loaded.args, loaded.kwargs, **settings, dynamic_shapes=sizes, progress=tell)
+        tell(doing)
+        report = write(subject, place, loaded.args, loaded.kwargs, dynamic_shapes=sizes)
     _show(report, dataclasses.asdict(report), as_json)
 
 
