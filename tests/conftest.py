@@ -14,10 +14,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/zoo is shared by several test folders
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(1, str(EXAMPLES))  # the shipped model and its corpus
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,3 +34,19 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def byte_lm() -> torch.nn.Module:
+    """The shipped language model over bytes: a trained ``GPT2LMHeadModel`` of width 128, in float32."""
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(EXAMPLES / "byte_lm", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def held_out() -> Tensor:
+    """The bytes of Python sources that the shipped model was not trained on; ``train_byte_lm.windows`` cuts batches."""
+    from train_byte_lm import corpus
+
+    return corpus(held_out=True)
