@@ -6,7 +6,7 @@ examples/byte_lm, on which tests and benchmarks measure compression and attentio
 
     python examples/train_byte_lm.py --steps 1800 --folder examples/byte_lm
 
-writes in a few minutes on two cores (seeded; Python 3.11's library). Without options it trains for some seconds, to a folder
+writes in some ten minutes on two cores (seeded; the library of Python 3.11). Without options it trains for some seconds, to a folder
 that it throws away.
 """
 
