@@ -141,7 +141,12 @@ def guards_of(exported: torch.export.ExportedProgram) -> list[str]:
 
 
 class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls ``before`` with every tensor that an operator, by its schema, is about to write."""
+    """Calls ``before`` with every tensor that an operator, by its schema, is about to write.
+
+    A higher-order operator (``torch.cond``) has no schema; what its branches write cannot be an input of it.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self, before: Callable[[torch.Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -149,7 +154,7 @@ class OperatorObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             for index, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is None or not argument.alias_info.is_write:
                     continue

@@ -626,3 +626,15 @@ def test_a_buffer_assigned_anew_is_refused_if_the_next_call_sees_it():
     model = Counting(False).eval()
     assert capture(model, (torch.randn(2, 4),)).count(torch.ops.aten.mul.Tensor) == 1
     assert torch.equal(model.g, torch.ones(4))
+
+
+class Branches(nn.Module):
+    """One of two branches, by a value."""
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x * 2, (x,))
+
+
+def test_a_branch_on_a_value_is_refused_at_its_line():
+    with pytest.raises(CaptureError, match=r"cannot be captured(.|\n)*return torch\.cond"):
+        capture(Branches().eval(), (torch.randn(3, 4),))
