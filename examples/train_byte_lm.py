@@ -6,8 +6,8 @@ examples/byte_lm, on which tests and benchmarks measure compression and attentio
 
     python examples/train_byte_lm.py --steps 1800 --folder examples/byte_lm
 
-writes in some ten minutes on two cores (seeded; the library of Python 3.11). Without options it trains for some seconds, to a folder
-that it throws away.
+writes in some ten minutes on two cores (seeded; the library of Python 3.11). Without options it trains for some seconds, to a
+folder that it throws away.
 """
 
 from __future__ import annotations
