@@ -1,16 +1,36 @@
-"""tautomer.nn: norms for models that will be trained, where a graph cannot hold what a norm remembers between steps.
+"""tautomer.nn: layers for models that will be trained, where a graph cannot hold what a layer remembers between steps.
 
 offline.py       What offline norms share: statistics over tokens, the diagonal map at inference, a padding mask
 unified_norm.py  UN: a geometric mean over the last steps, and its backward
 power_norm.py    PN and PN*: a running second moment, and its backward
 crms_norm.py     CRMSNorm: RMSNorm of a zero-mean vector that is stored without its last entry
 replace.py       The LayerNorms of a model become Unified Normalization, in place
+
+structured.py    What linear layers of structured factors share: the product in eval mode, the nearest to a dense layer
+low_rank.py      LowRankLinear: U (V x)
+block_dense.py   BlockDenseLinear: U blkdiag(V) x
+block_shuffle.py BlockShuffleLinear: two block diagonal factors and two shuffles (Monarch)
 """
 
+from .block_dense import BlockDenseLinear
+from .block_shuffle import BlockShuffleLinear
 from .crms_norm import CRMSNorm
+from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
 from .power_norm import PowerNorm
 from .replace import replace_layer_norms
+from .structured import StructuredLinear
 from .unified_norm import UnifiedNorm
 
-__all__ = ["CRMSNorm", "OfflineNorm", "PowerNorm", "UnifiedNorm", "padding", "replace_layer_norms"]
+__all__ = [
+    "BlockDenseLinear",
+    "BlockShuffleLinear",
+    "CRMSNorm",
+    "LowRankLinear",
+    "OfflineNorm",
+    "PowerNorm",
+    "StructuredLinear",
+    "UnifiedNorm",
+    "padding",
+    "replace_layer_norms",
+]

@@ -25,6 +25,7 @@ One vocabulary, and emission in it:
     own_gradient.py An op with its own gradient: what it computes, what its backward keeps, and what it makes of that
     lean.py         Ops that compute what stock ops do and keep less of it for the backward
     ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
+    structured.py   A matrix as a product of structured factors: shapes, its product with x, the nearest one, its start
     metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
     emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
     substitution.py New nodes stand for old ones: whoever reads them can still run, and nothing else notices
