@@ -27,4 +27,4 @@ class BlockDenseLinear(StructuredLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, blocks: int, rank: int, bias: bool = True, **options: Any) -> None:
-        super().__init__(BlockDense(blocks, rank), in_features, out_features, bias, **options)
+        super().__init__(in_features, out_features, BlockDense(blocks, rank), bias, **options)

@@ -26,4 +26,4 @@ class BlockShuffleLinear(StructuredLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, blocks: int, bias: bool = True, **options: Any) -> None:
-        super().__init__(BlockShuffle(blocks), in_features, out_features, bias, **options)
+        super().__init__(in_features, out_features, BlockShuffle(blocks), bias, **options)

@@ -26,4 +26,4 @@ class LowRankLinear(StructuredLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, **options: Any) -> None:
-        super().__init__(LowRank(rank), in_features, out_features, bias, **options)
+        super().__init__(in_features, out_features, LowRank(rank), bias, **options)

@@ -1,17 +1,16 @@
-"""A linear layer whose matrix is a product of structured factors (rewrite/structured.py): it holds them, and may hold the product.
+"""A linear layer whose matrix is a product of structured factors: it holds them, and may hold the product.
 
 y = W x + b        W the product of the factors, never formed in training
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.ops import TorchOps
 from tautomer.rewrite.structured import Form, Init
 
@@ -20,8 +19,8 @@ class StructuredLinear(nn.Module):
     """What ``LowRankLinear``, ``BlockDenseLinear`` and ``BlockShuffleLinear`` share.
 
     Args:
-        form: the structure.
         in_features, out_features, bias: as of ``nn.Linear``.
+        form: the structure.
         init: how the factors start, by default as the form's paper has it; see ``tautomer.rewrite.structured``. The bias is zero.
         std: of the Gaussian that is drawn; by default one over the root of what is summed over.
         merge_below: in eval mode, without gradients for the factors, an input of fewer tokens than this is multiplied by the
@@ -37,7 +36,7 @@ class StructuredLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, form: Form, in_features: int, out_features: int, bias: bool = True, *, init: Init | None = None,
+        self, in_features: int, out_features: int, form: Form, bias: bool = True, *, init: Init | None = None,
         std: float | None = None, merge_below: int = 0, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -50,18 +49,26 @@ class StructuredLinear(nn.Module):
         self.reset_parameters(init, std)
 
     @classmethod
-    def from_dense(cls, dense: nn.Linear, *sizes: int, **options: Any) -> Self:
-        """The layer of this structure that is nearest to ``dense`` (Frobenius), computed in float64; the bias is its own parameter.
+    def from_dense(
+        cls, dense: nn.Linear, *sizes: Any, init: Init | Literal["nearest"] = "nearest", std: float | None = None, **options: Any
+    ) -> Self:
+        """The layer of this form that is nearest to ``dense`` (Frobenius), computed in float64; the bias is the same parameter.
 
         Args:
             sizes: the structure: ``LowRankLinear.from_dense(layer, rank)``.
-            options: ``merge_below``.
+            init: "nearest", or how the factors start without the weights of ``dense``.
+            std, options: as of the class.
 
         ``error`` tells how far it is. Nearest by weights alone: on data, truncate after whitening instead (recipe "compress").
         """
         n, m, like = dense.in_features, dense.out_features, dense.weight
-        made = cls(n, m, *sizes, bias=False, device="meta", **options)  # type: ignore[call-arg, misc]
-        made.to_empty(device=like.device).to(like.dtype).take(like)
+        made = cls(n, m, *sizes, **{"bias": False, "device": "meta", **options})
+        made.to_empty(device=like.device).to(like.dtype)
+        if init == "nearest":
+            made.take(like)
+        else:
+            made.reset_parameters(init, std)
+        made.requires_grad_(like.requires_grad)
         made.bias = dense.bias
         return made.train(dense.training)
 
@@ -102,7 +109,8 @@ class StructuredLinear(nn.Module):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if self.merge_below and self._may_merge() and x.numel() < self.merge_below * self.in_features:
             return F.linear(x, self._kept(), self.bias)
-        y: Tensor = self.form.apply(TorchOps(), x, *self.factors, self.bias)
+        first, second = self.factors
+        y: Tensor = self.form.apply(TorchOps(), x, first, second, self.bias)
         return y
 
     def _may_merge(self) -> bool:
@@ -129,8 +137,13 @@ class StructuredLinear(nn.Module):
 
 
 def dense_of(module: nn.Module) -> nn.Linear | None:
-    """A linear layer, or the Conv1D of transformers (its weight stored transposed), as an ``nn.Linear`` on the same parameters;
-    None for anything else, and for a layer with a forward of its own."""
+    """A linear layer, or the Conv1D of transformers (its weight stored transposed), as an ``nn.Linear`` on the same parameters.
+
+    None for anything else: a layer with a forward of its own, or whose weight is no parameter but computed, and the last one of
+    ``nn.MultiheadAttention``, which is never called.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or "weight" not in module._parameters:
+        return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return module
     if f"{type(module).__module__}.{type(module).__name__}" != "transformers.pytorch_utils.Conv1D":

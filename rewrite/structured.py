@@ -157,7 +157,7 @@ class BlockDense(Form):
 
     def nearest(self, W: Tensor) -> tuple[Tensor, Tensor]:
         (k, p, _), _ = self.shapes(*W.shape)
-        V, U = _truncated(W.unflatten(1, (k, -1)).movedim(1, 0), p)
+        V, U = _truncated(W.reshape(len(W), k, -1).movedim(1, 0), p)
         return V, U.movedim(0, 1).flatten(1)
 
 
@@ -205,7 +205,8 @@ def _truncated(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _orthogonal(block: Tensor) -> Tensor:
     U, _, Vh = torch.linalg.svd(block, full_matrices=False)
-    return U @ Vh
+    nearest: Tensor = U @ Vh
+    return nearest
 
 
 def _require_blocks(blocks: int, **sizes: int) -> None:
