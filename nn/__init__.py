@@ -10,15 +10,21 @@ structured.py    What linear layers of structured factors share: the product in 
 low_rank.py      LowRankLinear: U (V x)
 block_dense.py   BlockDenseLinear: U blkdiag(V) x
 block_shuffle.py BlockShuffleLinear: two block diagonal factors and two shuffles (Monarch)
+callbacks.py     What is done around the steps of an optimizer, in a plain loop or under a Trainer
+self_guided.py   A dense matrix leads a structured layer, and leaves
+replace_linears.py   The linear layers of a model become structured ones, in place
 """
 
 from .block_dense import BlockDenseLinear
 from .block_shuffle import BlockShuffleLinear
+from .callbacks import Callback, trainer_callback
 from .crms_norm import CRMSNorm
 from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
 from .power_norm import PowerNorm
 from .replace import replace_layer_norms
+from .replace_linears import replace_linears
+from .self_guided import SelfGuidance, SelfGuidedLinear
 from .structured import StructuredLinear
 from .unified_norm import UnifiedNorm
 
@@ -26,11 +32,16 @@ __all__ = [
     "BlockDenseLinear",
     "BlockShuffleLinear",
     "CRMSNorm",
+    "Callback",
     "LowRankLinear",
     "OfflineNorm",
     "PowerNorm",
+    "SelfGuidance",
+    "SelfGuidedLinear",
     "StructuredLinear",
     "UnifiedNorm",
     "padding",
     "replace_layer_norms",
+    "replace_linears",
+    "trainer_callback",
 ]
