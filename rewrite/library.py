@@ -187,6 +187,20 @@ def cached_attention(
     return y.transpose(1, 2).flatten(2), k, v
 
 
+def block_linear(x: Tensor, blocks: Tensor) -> Tensor:
+    """The product with a block diagonal matrix, block by block: block i of ``x`` times the transposed block i.
+
+    Args:
+        x: ``[..., k, q]``, in any layout.
+        blocks: ``[k, p, q]``.
+
+    Returns:
+        ``[..., k, p]``.
+    """
+    # One product per block: a batched one would copy x, or the blocks for every token, and ask about symbolic strides.
+    return torch.stack([F.linear(x.select(-2, i), blocks[i]) for i in range(blocks.shape[0])], -2)
+
+
 SEMANTIC = (
     Semantic("crms_norm.v1(Tensor x, Tensor? weight=None, float eps=1e-05) -> Tensor", crms_norm),
     Semantic(
@@ -213,6 +227,7 @@ SEMANTIC = (
         "int heads, int key_heads, bool causal=False, float? scale=None) -> (Tensor, Tensor, Tensor)",
         cached_attention,
     ),
+    Semantic("block_linear.v1(Tensor x, Tensor blocks) -> Tensor", block_linear),
 )
 """Every op of the namespace ``tautomer``."""
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .ops import Ops, TorchOps, aten
+from .ops import Ops, TorchOps
 
 Init = Literal["spectral", "orthogonal", "plain"]
 """How factors start: the nearest ones to a Gaussian matrix; Gaussian blocks made orthogonal (U Vᵀ of their SVD); Gaussian."""
@@ -152,8 +152,8 @@ class BlockDense(Form):
         return shape, (m, self.rank)
 
     def apply(self, op: Ops, x: Any, first: Any, second: Any, bias: Any = None) -> Any:
-        middle = op.flatten(_blocks(op, x, first, "...kq,kpq->...kp", [self.blocks, -1]), -2, -1)
-        return op.linear(middle, second, bias)
+        middle = op.block_linear(op.unflatten(x, -1, [self.blocks, -1]), first)
+        return op.linear(op.flatten(middle, -2, -1), second, bias)
 
     def nearest(self, W: Tensor) -> tuple[Tensor, Tensor]:
         (k, p, _), _ = self.shapes(*W.shape)
@@ -175,9 +175,9 @@ class BlockShuffle(Form):
         return (k, min(m, n) // k, n // k), (k, m // k, min(m, n) // k)
 
     def apply(self, op: Ops, x: Any, first: Any, second: Any, bias: Any = None) -> Any:
-        middle = op.flatten(_blocks(op, x, first, "...kq,kpq->...kp", [self.blocks, -1]), -2, -1)
-        # P1 and P2 are the order in which the axes are read and written.
-        y = op.flatten(_blocks(op, middle, second, "...pk,kop->...ok", [-1, self.blocks]), -2, -1)
+        middle = op.flatten(op.block_linear(op.unflatten(x, -1, [self.blocks, -1]), first), -2, -1)
+        shuffled = op.transpose(op.unflatten(middle, -1, [-1, self.blocks]), -2, -1)  # P1
+        y = op.flatten(op.transpose(op.block_linear(shuffled, second), -2, -1), -2, -1)  # P2
         return y if bias is None else op.add(y, bias)
 
     def nearest(self, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,11 +189,6 @@ class BlockShuffle(Form):
         B2 = W.new_zeros(k, o, p)
         B2[b, :, column] = Us[b, a, :, rank]
         return Vs[b, a, rank].reshape(k, p, q), B2
-
-
-def _blocks(op: Ops, x: Any, B: Any, equation: str, sizes: list[int]) -> Any:
-    """One product per block: the copies of B that a broadcast product makes are left out."""
-    return op(aten.einsum.default)(equation, [op.unflatten(x, -1, sizes), B])
 
 
 def _truncated(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
