@@ -197,7 +197,10 @@ def block_linear(x: Tensor, blocks: Tensor) -> Tensor:
     Returns:
         ``[..., k, p]``.
     """
-    # One product per block: a batched one would copy x, or the blocks for every token, and ask about symbolic strides.
+    # One product per block: a batched one would copy x, or the blocks for every token. Where symbolic sizes were merged, strides
+    # are minima, of which a product cannot tell what it asks; those of a copy are none.
+    if not all(isinstance(stride, int) for stride in x.stride()):
+        x = x.clone(memory_format=torch.contiguous_format)
     return torch.stack([F.linear(x.select(-2, i), blocks[i]) for i in range(blocks.shape[0])], -2)
 
 

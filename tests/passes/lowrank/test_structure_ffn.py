@@ -132,9 +132,10 @@ class Transposed(Block):
         return x + (F.gelu(y) @ self.b).view(x.shape)
 
 
-def test_weights_stored_transposed():
+@pytest.mark.parametrize("form", [BlockDense(2, 4), BlockShuffle(4)])
+def test_weights_stored_transposed(form):
     original = Transposed().double().eval()
-    expected, form = copy.deepcopy(original), BlockDense(2, 4)
+    expected = copy.deepcopy(original)
     for weight in (expected.a, expected.b):
         weight.data.copy_(form.merged(*form.nearest(weight.detach().t())).t())
     fast = optimize(original, form)
