@@ -12,12 +12,15 @@ block_dense.py   BlockDenseLinear: U blkdiag(V) x
 block_shuffle.py BlockShuffleLinear: two block diagonal factors and two shuffles (Monarch)
 callbacks.py     What is done around the steps of an optimizer, in a plain loop or under a Trainer
 self_guided.py   A dense matrix leads a structured layer, and leaves
+trained_rank.py  Weights kept near a low rank while they train, then cut into factors (TRP)
+cond_low_rank.py A low-rank layer whose condition number stays bounded (CondLR)
 replace_linears.py   The linear layers of a model become structured ones, in place
 """
 
 from .block_dense import BlockDenseLinear
 from .block_shuffle import BlockShuffleLinear
 from .callbacks import Callback, trainer_callback
+from .cond_low_rank import CondLowRank, CondLowRankLinear
 from .crms_norm import CRMSNorm
 from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
@@ -26,6 +29,7 @@ from .replace import replace_layer_norms
 from .replace_linears import replace_linears
 from .self_guided import SelfGuidance, SelfGuidedLinear
 from .structured import StructuredLinear
+from .trained_rank import TrainedRankPruning
 from .unified_norm import UnifiedNorm
 
 __all__ = [
@@ -33,12 +37,15 @@ __all__ = [
     "BlockShuffleLinear",
     "CRMSNorm",
     "Callback",
+    "CondLowRank",
+    "CondLowRankLinear",
     "LowRankLinear",
     "OfflineNorm",
     "PowerNorm",
     "SelfGuidance",
     "SelfGuidedLinear",
     "StructuredLinear",
+    "TrainedRankPruning",
     "UnifiedNorm",
     "padding",
     "replace_layer_norms",
