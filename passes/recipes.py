@@ -28,6 +28,7 @@ from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
+from .lowrank.merge_lora import MergeLora
 from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
 from .memory.lean_activations import LeanActivations
@@ -145,6 +146,7 @@ RAISE: tuple[type[Pass], ...] = (
     *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (
+    MergeLora,
     FoldIntoWriter,
     FoldIntoReaders,
     FoldNormScale,
