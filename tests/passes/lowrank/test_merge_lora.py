@@ -102,6 +102,16 @@ def test_a_dropout_keeps_the_adapter_while_it_trains():
     assert run(Lora(dropout=0.1).eval())[0].count(LINEAR) == 1
 
 
+def test_an_adapter_that_reads_the_same_value_reshaped_in_another_spelling():
+    def body(m, x):
+        heads = x.view(*x.shape[:2], 2, 3).tanh()
+        a, b = heads.reshape(*x.shape[:2], 6), heads.reshape(*x.shape[:2], -1)
+        return m.base(a) + m.up[0](m.down[0](b)) * 2.0
+
+    program, log = run(Function(body))
+    assert program.count(LINEAR) == 1 and log.applications[0].error <= 1e-12
+
+
 class Function(Lora):
     def __init__(self, body):
         super().__init__()
