@@ -14,6 +14,7 @@ callbacks.py     What is done around the steps of an optimizer, in a plain loop 
 self_guided.py   A dense matrix leads a structured layer, and leaves
 trained_rank.py  Weights kept near a low rank while they train, then cut into factors (TRP)
 cond_low_rank.py A low-rank layer whose condition number stays bounded (CondLR)
+correction.py    What quantisation took from a layer, given back by a branch of low rank (LoRC, whitened)
 replace_linears.py   The linear layers of a model become structured ones, in place
 """
 
@@ -21,6 +22,7 @@ from .block_dense import BlockDenseLinear
 from .block_shuffle import BlockShuffleLinear
 from .callbacks import Callback, trainer_callback
 from .cond_low_rank import CondLowRank, CondLowRankLinear
+from .correction import CorrectedLinear, corrected
 from .crms_norm import CRMSNorm
 from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
@@ -39,6 +41,7 @@ __all__ = [
     "Callback",
     "CondLowRank",
     "CondLowRankLinear",
+    "CorrectedLinear",
     "LowRankLinear",
     "OfflineNorm",
     "PowerNorm",
@@ -47,6 +50,7 @@ __all__ = [
     "StructuredLinear",
     "TrainedRankPruning",
     "UnifiedNorm",
+    "corrected",
     "padding",
     "replace_layer_norms",
     "replace_linears",
