@@ -15,7 +15,7 @@ self_guided.py   A dense matrix leads a structured layer, and leaves
 trained_rank.py  Weights kept near a low rank while they train, then cut into factors (TRP)
 cond_low_rank.py A low-rank layer whose condition number stays bounded (CondLR)
 correction.py    What quantisation took from a layer, given back by a branch of low rank (LoRC, whitened)
-replace_linears.py   The linear layers of a model become structured ones, in place
+linears.py       The linear layers of a model become structured ones, in place
 """
 
 from .block_dense import BlockDenseLinear
@@ -24,11 +24,11 @@ from .callbacks import Callback, trainer_callback
 from .cond_low_rank import CondLowRank, CondLowRankLinear
 from .correction import CorrectedLinear, corrected
 from .crms_norm import CRMSNorm
+from .linears import replace_linears
 from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
 from .power_norm import PowerNorm
 from .replace import replace_layer_norms
-from .replace_linears import replace_linears
 from .self_guided import SelfGuidance, SelfGuidedLinear
 from .structured import StructuredLinear
 from .trained_rank import TrainedRankPruning

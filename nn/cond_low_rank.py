@@ -133,7 +133,8 @@ def conditioned(S: Tensor, tau: float | None) -> Tensor:
         mean = s.mean()
         e = mean * (tau - 1) / (tau + 1)
         s = s.clamp(mean - e, mean + e)
-    return (U * s) @ Vh
+    result: Tensor = (U * s) @ Vh
+    return result
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -62,24 +62,21 @@ def corrected(
         UsageError: shapes do not agree, or there is no such rank.
 
     Example:
-        >>> exact = nn.Linear(8, 8)
-        >>> coarse = nn.Linear(8, 8)
-        >>> coarse.load_state_dict({"weight": exact.weight.half().float(), "bias": exact.bias})
-        <All keys matched successfully>
-        >>> corrected(coarse, exact.weight, 2)(torch.randn(3, 8)).shape
-        torch.Size([3, 8])
+        >>> coarse, W = nn.Linear(8, 8), torch.randn(8, 8)
+        >>> torch.allclose(corrected(coarse, W, 8)(x := torch.randn(3, 8)), x @ W.t() + coarse.bias, atol=1e-5)
+        True
     """
     given = getattr(layer, "weight", None) if quantized is None else quantized
     if not isinstance(given, Tensor):
         raise UsageError(f"{type(layer).__name__} has no weight to compare", hint="pass the dequantised one: quantized=")
     if given.shape != W.shape:
         raise UsageError(f"the layer's weight is {list(given.shape)}, the one it should have {list(W.shape)}")
-    V, U = correction(W.detach().double() - given.detach().double(), rank, covariance)
+    V, U = branch(W.detach().double() - given.detach().double(), rank, covariance)
     return CorrectedLinear(layer, V.to(dtype or W.dtype), U.to(dtype or W.dtype))
 
 
 @torch.no_grad()
-def correction(E: Tensor, rank: int, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def branch(E: Tensor, rank: int, covariance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """V and U of ``rank`` with U V near ``E``; see the module. Computed in float64, with balanced factors.
 
     Raises:

@@ -167,7 +167,8 @@ def _part(layer: nn.Conv2d, weight: Tensor, axes: tuple[bool, bool]) -> nn.Conv2
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-    return torch.linalg.svd(wide, full_matrices=False)  # type: ignore[return-value]
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    return U, S, Vh
 
 
 def _is_prunable(module: nn.Module) -> bool:

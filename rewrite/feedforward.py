@@ -46,7 +46,7 @@ class Feedforward:
     down: fx.Node
 
 
-def feedforward(program: Program, editor: Editor | None = None) -> list[Feedforward]:
+def feedforward_layers(program: Program, editor: Editor | None = None) -> list[Feedforward]:
     """All of them, in the order of the graph."""
     editor = editor or Editor(program)
     found = (_behind(down, editor) for down in program.graph.find_nodes(op="call_function", target=_LINEAR))

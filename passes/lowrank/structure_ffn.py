@@ -22,7 +22,7 @@ from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.equation import shape
 from tautomer.rewrite.errors import Refused, UsageError, require
-from tautomer.rewrite.feedforward import feedforward
+from tautomer.rewrite.feedforward import feedforward_layers
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, arguments, target_name
 from tautomer.rewrite.shapes import static
@@ -52,7 +52,7 @@ class StructureFfn(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         editor = Editor(program)
-        for layer in feedforward(program, editor)[self.keep_first :]:
+        for layer in feedforward_layers(program, editor)[self.keep_first :]:
             for linear in (*layer.up, layer.down):
                 if not context.admits(self, linear):
                     continue
@@ -89,7 +89,8 @@ class StructureFfn(Pass):
     def values(self, W: Tensor, form: Form, seed: int) -> tuple[Tensor, Tensor]:
         if self.init == "nearest":
             return form.nearest(W)
-        return form.drawn(*W.shape, init=self.init, like=W, generator=torch.Generator(W.device).manual_seed(self.seed + seed))
+        m, n = W.shape
+        return form.drawn(m, n, self.init, like=W, generator=torch.Generator(W.device).manual_seed(self.seed + seed))
 
 
 def require_own_weight(linear: fx.Node, editor: Editor) -> None:

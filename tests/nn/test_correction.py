@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tautomer.nn import LowRankLinear, corrected
-from tautomer.nn.correction import correction
+from tautomer.nn.correction import branch
 from tautomer.rewrite.errors import UsageError
 
 F64 = torch.float64
@@ -30,7 +30,7 @@ def test_the_error_is_the_tail_and_falls_to_nothing(m, n, whitened):
     root = torch.linalg.cholesky(C)
     S = torch.linalg.svdvals(E @ root if whitened else E)
     for k in range(1, min(m, n) + 1):
-        V, U = correction(E, k, C if whitened else None)
+        V, U = branch(E, k, C if whitened else None)
         rest = E - U @ V
         error = (X @ rest.t() if whitened else rest).square().sum()
         assert V.shape == (k, n) and U.shape == (m, k)
@@ -43,16 +43,16 @@ def test_whitened_is_nearer_in_its_outputs_than_lorc_and_farther_in_its_weights(
     E, X = torch.randn(16, 12, dtype=F64), anisotropic(12)
     errors = {}
     for name, C in (("lorc", None), ("whitened", X.t() @ X)):
-        V, U = correction(E, 4, C)
+        V, U = branch(E, 4, C)
         errors[name] = float((X @ (E - U @ V).t()).norm()), float((E - U @ V).norm())
     assert errors["whitened"][0] < 0.8 * errors["lorc"][0] and errors["whitened"][1] > errors["lorc"][1]
 
 
 def test_fewer_tokens_than_channels():
     E, X = torch.randn(6, 10, dtype=F64), torch.randn(3, 10, dtype=F64)
-    V, U = correction(E, 3, X.t() @ X)
+    V, U = branch(E, 3, X.t() @ X)
     assert torch.allclose(X @ (E - U @ V).t(), torch.zeros(3, 6, dtype=F64), atol=1e-10)
-    V, U = correction(torch.zeros(4, 4, dtype=F64), 2)
+    V, U = branch(torch.zeros(4, 4, dtype=F64), 2)
     assert torch.equal(U @ V, torch.zeros(4, 4, dtype=F64)) and U.isfinite().all()
 
 
@@ -84,8 +84,8 @@ def test_a_factored_layer_and_one_that_hides_its_weight():
 
 def test_the_branch_in_another_dtype():
     layer = nn.Linear(8, 8)
-    branch = corrected(layer, layer.weight + 0.1, 2, dtype=torch.bfloat16)
-    assert branch.V.dtype == torch.bfloat16 and branch(torch.randn(2, 8)).dtype == torch.float32
+    made = corrected(layer, layer.weight + 0.1, 2, dtype=torch.bfloat16)
+    assert made.V.dtype == torch.bfloat16 and made(torch.randn(2, 8)).dtype == torch.float32
 
 
 def test_what_cannot_be_done_is_said():

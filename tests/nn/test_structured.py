@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import pickle
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from tautomer.nn import BlockDenseLinear, BlockShuffleLinear, LowRankLinear, StructuredLinear
 from tautomer.nn.structured import dense_of
+from tautomer.rewrite import structured
 from tautomer.rewrite.structured import LowRank
 
 LAYERS = [(LowRankLinear, (4,)), (BlockDenseLinear, (2, 6)), (BlockShuffleLinear, (4,))]
@@ -118,6 +121,14 @@ def test_a_graph_multiplies_by_the_factors_whatever_the_batch():
         exported = torch.export.export(layer, (torch.randn(3, 8),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
         x = torch.randn(7, 8)
         assert torch.allclose(exported(x), layer(x), atol=1e-6)
+
+
+def test_doctests():
+    names = ("block_dense", "block_shuffle", "correction", "linears", "low_rank", "self_guided", "trained_rank")
+    for module in (importlib.import_module(f"tautomer.nn.{name}") for name in names):
+        found = doctest.testmod(module, extraglobs={"nn": nn, "torch": torch, "LowRankLinear": LowRankLinear, "LowRank": LowRank})
+        assert found.attempted and not found.failed
+    assert not doctest.testmod(structured).failed
 
 
 def test_what_counts_as_a_dense_layer():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tautomer.rewrite.capture import capture
-from tautomer.rewrite.feedforward import feedforward
+from tautomer.rewrite.feedforward import feedforward_layers
 
 D, W = 8, 12
 
@@ -48,7 +48,7 @@ def tanh_gelu(x):
 )
 def test_a_feedforward_layer(body, ups):
     program = capture(Function(body), (torch.randn(2, 3, D),))
-    (layer,) = feedforward(program)
+    (layer,) = feedforward_layers(program)
     linears = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     assert (*layer.up, layer.down) == tuple(linears) and len(layer.up) == ups
     assert layer.x is program.placeholders[0]
@@ -68,4 +68,4 @@ def test_a_feedforward_layer(body, ups):
     ],
 )
 def test_no_feedforward_layer(body):
-    assert not feedforward(capture(Function(body), (torch.randn(2, 3, D),)))
+    assert not feedforward_layers(capture(Function(body), (torch.randn(2, 3, D),)))
