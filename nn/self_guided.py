@@ -42,20 +42,35 @@ class SelfGuidedLinear(nn.Module):
         True
     """
 
+    _share: Tensor
+
     def __init__(self, layer: StructuredLinear, weight: Tensor | None = None) -> None:
         super().__init__()
         if weight is not None and weight.shape != (layer.out_features, layer.in_features):
             raise UsageError(f"the dense matrix is {list(weight.shape)}, the layer [{layer.out_features}, {layer.in_features}]")
         weight = layer.merged() if weight is None else weight
-        self.layer, self.alpha, self.guided = layer, 1.0, True
+        self.layer, self.guided = layer, True
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("_share", torch.ones((), dtype=wide, device=weight.device), persistent=False)
+        self.alpha = 1.0
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        # What is compiled reads a tensor and a flag, not the number: it would be compiled at every step.
+        self._alpha, self._led = alpha, alpha > 0
+        self._share.fill_(alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """As of the layer."""
         y: Tensor = self.layer(x)
-        if self.alpha == 0 or (self.training and not self.guided):
+        if not self._led or (self.training and not self.guided):
             return y
-        return torch.lerp(y, F.linear(x, self.weight, self.layer.bias), self.alpha)
+        return torch.lerp(y, F.linear(x, self.weight, self.layer.bias), self._share.to(y.dtype))
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:.3f}"

@@ -87,6 +87,23 @@ def test_a_training_goes_on_where_it_was():
     assert isinstance(model[0], LowRankLinear)
 
 
+def test_a_compiled_training_is_compiled_once():
+    model = nn.Sequential(SelfGuidedLinear(LowRankLinear(4, 4, 2)))
+    compiled, guidance, x = torch.compile(model, backend="eager", fullgraph=True), SelfGuidance(model, 8), torch.randn(2, 4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(6):
+            assert torch.allclose(compiled(x), model(x))
+            guidance.step()
+
+
+def test_autocast_and_half_precision():
+    layer, x = SelfGuidedLinear(LowRankLinear(4, 4, 2, dtype=torch.bfloat16)), torch.randn(2, 4)
+    layer.alpha = 0.3
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x).dtype == torch.bfloat16
+
+
 def test_what_cannot_be_done_is_said():
     with pytest.raises(UsageError, match=r"no self-guided layer\n.*guide=True"):
         SelfGuidance(nn.Linear(2, 2), 10)
