@@ -6,7 +6,8 @@ LayerNorm(x; gamma, beta) -> UN(x; gamma, beta)        another function: the mod
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def replace_layer_norms(model: nn.Module, only: Iterable[str] = (), **options: A
 
     Args:
         model: changed in place. Call it before ``torch.compile``, ``DistributedDataParallel`` or ``fully_shard``.
-        only: module paths; what is not at or below one of them is left.
+        only: module paths; what is not at or below one of them is left. A ``*`` stands for any one part of a path.
         options: of ``UnifiedNorm``: ``momentum``, ``buffer``, ``warmup``, ``outlier_filtration``, and ``eps`` (the LayerNorm's).
 
     Returns:
@@ -40,21 +41,35 @@ def replace_layer_norms(model: nn.Module, only: Iterable[str] = (), **options: A
         >>> replace_layer_norms(model, warmup=100)
         ('1',)
     """
-    only, modules = tuple(only), dict(model.named_modules())
-    for entry in only:
-        if entry not in modules:
-            near = difflib.get_close_matches(entry, modules, 1)
-            raise UsageError(f"'{entry}' is no module of {type(model).__name__}", hint=f"'{near[0]}'" if near else None)
-    wanted = [path for path in modules if not only or any(path == e or path.startswith(e + ".") for e in only)]
-    norms = {id(modules[path]): modules[path] for path in wanted if _local(modules[path])}
+    modules = dict(model.named_modules())
+    norms = {id(modules[path]): modules[path] for path in selected(model, only) if _local(modules[path])}
     if not norms:
         raise UsageError(f"{type(model).__name__} has no nn.LayerNorm over one axis there")
     if id(model) in norms:
         raise UsageError("a LayerNorm cannot replace itself", hint="replace it where it stands in a model")
     some = next(model.parameters(), torch.empty(0))
-    made = {key: _unified(norm, some, options) for key, norm in norms.items()}
+    return put(model, {key: _unified(norm, some, options) for key, norm in norms.items()})
+
+
+def selected(model: nn.Module, entries: Iterable[str]) -> list[str]:
+    """The paths of the modules at or below one of ``entries``, of all if there are none; a ``*`` stands for one part of a path.
+
+    Raises:
+        UsageError: an entry names no module.
+    """
+    paths, entries = [path for path, _ in model.named_modules()], tuple(entries)
+    below = [re.compile(re.escape(entry).replace(r"\*", r"[^.]*") + r"(\..*)?") for entry in entries]
+    for entry, pattern in zip(entries, below, strict=True):
+        if not any(map(pattern.fullmatch, paths)):
+            near = difflib.get_close_matches(entry, paths, 1)
+            raise UsageError(f"'{entry}' is no module of {type(model).__name__}", hint=f"'{near[0]}'" if near else None)
+    return [path for path in paths if not entries or any(pattern.fullmatch(path) for pattern in below)]
+
+
+def put(model: nn.Module, made: Mapping[int, nn.Module]) -> tuple[str, ...]:
+    """Put modules in the places of others, which are told by their ids; the paths where that was done."""
     replaced = []
-    for path, parent in modules.items():
+    for path, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in made:
                 parent._modules[name] = made[id(child)]

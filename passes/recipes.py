@@ -28,6 +28,8 @@ from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
+from .lowrank.merge_lora import MergeLora
+from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
 from .memory.lean_activations import LeanActivations
 from .memory.lean_rms_norm import LeanRmsNorm
@@ -144,6 +146,7 @@ RAISE: tuple[type[Pass], ...] = (
     *ATTENTION,
 )
 NORM: tuple[type[Pass], ...] = (
+    MergeLora,
     FoldIntoWriter,
     FoldIntoReaders,
     FoldNormScale,
@@ -184,6 +187,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FoldNormGain,
     MergeParallelLinears,
     ApproximateActivations,
+    StructureFfn,
 )
 """In no recipe, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)

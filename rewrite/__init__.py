@@ -26,6 +26,7 @@ One vocabulary, and emission in it:
     lean.py         Ops that compute what stock ops do and keep less of it for the backward
     ops.py          The vocabulary: ``op.linear(x, W, b)`` means whatever the interpretation ``op`` makes of it
     metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
+    structured.py   A matrix as a product of structured factors: shapes, its product with x, the nearest one, its start
     emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
     substitution.py New nodes stand for old ones: whoever reads them can still run, and nothing else notices
 
@@ -76,6 +77,7 @@ Facts for rewrites of a whole program:
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
     dominators.py   The smallest part of a program with one way in and one way out
+    feedforward.py  The feedforward layers: linear layers on one tensor, an activation or gate, and one back to its width
     residual.py     The residual streams of a program: how wide, who writes them, who reads them
     saved.py        What the backward keeps of the forward, by storage, and which nodes need it
     streams.py      The mean of a residual stream: who writes it, who would notice its absence

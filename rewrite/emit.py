@@ -201,6 +201,18 @@ class GraphOps(Ops):
         """A tensor that was measured, as a weight that expressions may read: of the dtype and on the device of ``like``."""
         return Derived(self.program.weights.measured(name, value), value_of(like).new_empty(value.shape))
 
+    def instead(self, name: str, value: Tensor, old: fx.Node) -> Derived:
+        """A tensor that takes the place of the weight ``old`` without being computed from it, as a weight beside it.
+
+        It trains if that does, and is named beside it; there is no way back to an original.
+        """
+        leaf = next(leaves(self.expression(old)))  # type: ignore[arg-type]
+        parent, dot, _ = leaf.rpartition(".")
+        return Derived(
+            Apply(in_place_of, (self.program.weights.measured(parent + dot + name, value), Leaf(leaf))),
+            value_of(old).new_empty(value.shape),
+        )
+
     def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 
@@ -245,6 +257,11 @@ class GraphOps(Ops):
 
     def _stage(self, x: Any, name: str) -> Any:
         return map_aggregate(x, lambda y: self.node(y, name) if isinstance(y, Derived) else y)
+
+
+def in_place_of(value: Tensor, old: Tensor) -> Tensor:
+    """``value``, which is not computed from ``old`` and makes it superfluous."""
+    return value
 
 
 def _operands(x: Any) -> Iterator[fx.Node | Derived]:

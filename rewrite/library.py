@@ -187,6 +187,23 @@ def cached_attention(
     return y.transpose(1, 2).flatten(2), k, v
 
 
+def block_linear(x: Tensor, blocks: Tensor) -> Tensor:
+    """The product with a block diagonal matrix, block by block: block i of ``x`` times the transposed block i.
+
+    Args:
+        x: ``[..., k, q]``, in any layout.
+        blocks: ``[k, p, q]``.
+
+    Returns:
+        ``[..., k, p]``.
+    """
+    # One product per block: a batched one would copy x, or the blocks for every token. Where symbolic sizes were merged, strides
+    # are minima, of which a product cannot tell what it asks; those of a copy are none.
+    if not all(isinstance(stride, int) for stride in x.stride()):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return torch.stack([F.linear(x.select(-2, i), blocks[i]) for i in range(blocks.shape[0])], -2)
+
+
 SEMANTIC = (
     Semantic("crms_norm.v1(Tensor x, Tensor? weight=None, float eps=1e-05) -> Tensor", crms_norm),
     Semantic(
@@ -213,6 +230,7 @@ SEMANTIC = (
         "int heads, int key_heads, bool causal=False, float? scale=None) -> (Tensor, Tensor, Tensor)",
         cached_attention,
     ),
+    Semantic("block_linear.v1(Tensor x, Tensor blocks) -> Tensor", block_linear),
 )
 """Every op of the namespace ``tautomer``."""
 

@@ -22,7 +22,7 @@ from torch import fx
 from .equation import dtype, shape
 from .errors import PatternError
 from .metadata import value_of
-from .ops import form_of, is_pure, normal
+from .ops import OPS, form_of, is_pure, normal
 from .shapes import Size, same, same_shape
 from .symbols import (
     SYMBOLS,
@@ -181,6 +181,8 @@ def congruent(a: Any, b: Any, depth: int = 8) -> bool:
         return a.target == b.target
     if a.op != "call_function" or a.target is not b.target or not depth or not is_pure(a.target):
         return False
+    if a.target is OPS["reshape"].target and same_shape(shape(a), shape(b)):
+        return congruent(a.args[0], b.args[0], depth - 1)  # the shape may be spelled with a -1
     return congruent(normal(a), normal(b), depth - 1)
 
 

@@ -58,6 +58,12 @@ def test_the_page_about_memory_runs(tmp_path, monkeypatch, capsys):
     assert "the backward keeps 12,960 bytes" in capsys.readouterr().out
 
 
+def test_the_page_about_structured_layers_runs():
+    page, names = (ROOT / "docs/structured.md").read_text(), {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+
+
 def test_the_page_about_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -26,6 +26,7 @@ BODIES = {
     "normalize.v1": "e21d0718fe1b",
     "packed_attention.v1": "ad0ec0f124f2",
     "cached_attention.v1": "d3107ab3db51",
+    "block_linear.v1": "3fde3f379185",
 }
 """torch.compile's disk cache knows an op by its name: if a hash here is wrong, give the op the next version."""
 
@@ -172,7 +173,15 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "cached_attention.v1": lambda x: tautomer.cached_attention.v1(
         x[None], x[None].sin(), x[None].cos(), x.exp().view(1, 4, 4, 2), x.tanh().view(1, 4, 4, 2), None, 4, 4, True
     )[0],
+    "block_linear.v1": lambda x: tautomer.block_linear.v1(x.view(4, 2, 4), x.tanh().view(2, 4, 4)),
 }
+
+
+def test_block_linear_is_the_product_with_a_block_diagonal_matrix() -> None:
+    x, blocks = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    wanted = F.linear(x.flatten(-2), torch.block_diag(*blocks)).unflatten(-1, (3, 6))
+    for layout in (x, x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        torch.testing.assert_close(tautomer.block_linear.v1(layout, blocks), wanted, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("op", SEMANTIC, ids=lambda op: op.name)
