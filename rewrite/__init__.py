@@ -21,6 +21,7 @@ What everything speaks of:
 
 One vocabulary, and emission in it:
 
+    subset_attention.py Attention over a subset of the keys
     library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
     own_gradient.py An op with its own gradient: what it computes, what its backward keeps, and what it makes of that
     lean.py         Ops that compute what stock ops do and keep less of it for the backward
@@ -73,6 +74,7 @@ Facts for rewrites of a whole program:
     diagonal.py     A factor and a shift per channel, and the way to the layers around them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     projections.py  Where a value comes from through views, and whether two are projections of one tensor
+    attentions.py   The attentions of a program: what each one reads, and what its mask is made of
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
     dominators.py   The smallest part of a program with one way in and one way out

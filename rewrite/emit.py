@@ -201,6 +201,13 @@ class GraphOps(Ops):
         """A tensor that was measured, as a weight that expressions may read: of the dtype and on the device of ``like``."""
         return Derived(self.program.weights.measured(name, value), value_of(like).new_empty(value.shape))
 
+    def tensor(self, name: str, value: Tensor, like: fx.Node, trains: bool = False) -> fx.Node:
+        """A tensor that the rewrite brings along, on the device of ``like``: a buffer, or a new parameter that ``trains``."""
+        value = value.detach().to(value_of(like).device)
+        leaf = self.program.weights.measured(name, value.requires_grad_(trains), trains)
+        fake = value_of(like).new_empty(value.shape, dtype=value.dtype).requires_grad_(trains)
+        return self._enter(Derived(leaf, fake), leaf.name)
+
     def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 

@@ -124,6 +124,7 @@ TABLE = (
     *(Op(own.name.partition(".")[0], own.overload) for own in LEAN),
     Op("packed_attention", tautomer.packed_attention.v1),
     Op("cached_attention", tautomer.cached_attention.v1),
+    Op("window_attention", tautomer.window_attention.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
 CONVOLUTIONS = (

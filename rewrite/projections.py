@@ -45,6 +45,28 @@ def projected(a: fx.Node, b: fx.Node) -> bool:
     return both and origin(_source(first)) is origin(_source(second))
 
 
+def common_source(*values: fx.Node) -> bool:
+    """Whether values are made of one tensor, each by a product of its own and what is done to it after: q, k and v.
+
+    Inputs of the program may be that, for all it knows.
+    """
+    found = {_made_of(value) for value in values}
+    return len(found) == 1 or all(node.op == "placeholder" for node in found)
+
+
+def _made_of(value: fx.Node) -> fx.Node:
+    """The tensor that the last product before ``value`` reads: behind norms, rotary embeddings, scales, an older cache."""
+    while value.op == "call_function":
+        operands = value.args[0][-1:] if value.target is aten.cat.default else value.all_input_nodes  # type: ignore[index]
+        first = next((x for x in operands if isinstance(x, fx.Node) and x.op != "get_attr"), None)
+        if first is None:
+            return value
+        if value.target in _PRODUCTS:
+            return origin(first)
+        value = first
+    return value
+
+
 def _source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
