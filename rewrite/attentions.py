@@ -9,8 +9,8 @@ masks.py), padding (what does not depend on the query), a bias of positions alon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Flag, auto
 from functools import reduce
 from operator import or_
@@ -102,6 +102,12 @@ class AttentionSite:
     def width(self) -> int:
         """d."""
         return int(shape(self.query)[-1])
+
+    def on(self, twins: Mapping[fx.Node, fx.Node]) -> AttentionSite:
+        """The same attention in a copy of the program, whose nodes ``twins`` has by those of this one."""
+        nodes = {name: twins[getattr(self, name)] for name in ("node", "query", "key", "value")}
+        padding, bias = (tuple(replace(part, node=twins[part.node]) for part in parts) for parts in (self.padding, self.bias))
+        return replace(self, **nodes, padding=padding, bias=bias)  # type: ignore[arg-type]
 
     def keys_kept(self, op: Ops) -> Any:
         """The padding as one mask, boolean (True is kept) or added, broadcast to ``[batch, 1, 1, keys]``; None without any."""

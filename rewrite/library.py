@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .subset_attention import window_attention
+from .landmark_attention import linformer_attention, nystrom_attention
+from .subset_attention import hyper_attention, top_attention, window_attention
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,29 @@ SEMANTIC = (
         "window_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int window, int sinks=0, "
         "bool causal=False, bool blocks=True) -> Tensor",
         window_attention,
+        heads_last,
+    ),
+    Semantic(
+        "top_attention.v1(Tensor query, Tensor key, Tensor value, Tensor rotation, Tensor? mask, float scale, int count, int of=0, "
+        "bool causal=False, bool gather=True) -> Tensor",
+        top_attention,
+        heads_last,
+    ),
+    Semantic(
+        "hyper_attention.v1(Tensor query, Tensor key, Tensor value, Tensor planes, Tensor draws, Tensor? mask, float scale, "
+        "int block, int leaf, int longest, bool causal=False) -> Tensor",
+        hyper_attention,
+        heads_last,
+    ),
+    Semantic(
+        "nystrom_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int landmarks, int iterations=6) "
+        "-> Tensor",
+        nystrom_attention,
+        heads_last,
+    ),
+    Semantic(
+        "linformer_attention.v1(Tensor query, Tensor key, Tensor value, Tensor E, Tensor F_, Tensor? mask, float scale) -> Tensor",
+        linformer_attention,
         heads_last,
     ),
 )

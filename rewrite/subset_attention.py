@@ -90,3 +90,189 @@ def visible(keep: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A mask as attention takes it; a row of nothing but masked keys sees them all."""
     keep = keep | ~keep.any(-1, keepdim=True)
     return keep if bias is None else torch.where(keep, bias.to(dtype), -math.inf)
+
+
+def top_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    count: int,
+    of: int = 0,
+    causal: bool = False,
+    gather: bool = True,
+) -> Tensor:
+    """Every query sees the ``count`` keys that score best in few dimensions, ``count`` of every ``of`` keys if that is given.
+
+    Args:
+        rotation: P, ``[key heads, d, d']``: keys are compared with a query by (q P)(k P)ᵀ.
+        gather: read the chosen keys only; False masks the others: the same, and cheaper where all queries are there at once.
+    """
+    n, m, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    best = torch.sym_min((m * count + of - 1) // of if of else count, m)
+    scores = ((query.unflatten(1, (-1, groups)) @ rotation[:, None]) @ (key @ rotation)[:, :, None].mT).flatten(1, 2) * scale
+    rows, columns = torch.arange(n, device=query.device)[:, None], torch.arange(m, device=query.device)
+    keep, bias = columns <= rows if causal else columns >= 0, None
+    if mask is not None:
+        keep, bias = masked(keep, mask)
+    if bias is not None:
+        scores = scores + bias
+    scores = torch.where(keep, scores, -math.inf)
+    chosen = scores.topk(best, -1, sorted=False).indices
+    if not gather:
+        keep = keep & torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+        seen = visible(keep, bias, query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=groups > 1)
+    keep = keep.expand(scores.shape).gather(-1, chosen)
+    if bias is not None:
+        bias = bias.expand(scores.shape).gather(-1, chosen).flatten(1, 2).unsqueeze(2)
+    # A query is a sequence of its own: [batch, h, n, d] → [batch, h · n, 1, d].
+    index = chosen.unflatten(1, (-1, groups)).flatten(2).unsqueeze(-1)
+    k, v = (x.gather(2, index.expand(-1, -1, -1, x.shape[-1])).unflatten(2, (-1, best)).flatten(1, 2) for x in (key, value))
+    seen = visible(keep.flatten(1, 2).unsqueeze(2), bias, query.dtype)
+    y = F.scaled_dot_product_attention(query.flatten(1, 2).unsqueeze(2), k, v, seen, scale=scale)
+    return y.squeeze(2).unflatten(1, (query.shape[1], n)).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def hyper_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    planes: Tensor,
+    draws: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    block: int,
+    leaf: int,
+    longest: int,
+    causal: bool = False,
+) -> Tensor:
+    """Every query sees the ``block`` keys that hash like it, and a sample of all others that stands for them.
+
+    Causal: exact within leaves of ``leaf`` positions; the second of two neighbouring pieces sees the first, and so do pieces twice
+    as large, up to all n positions; where n is a symbol, up to ``longest`` positions, and those beyond are no numbers.
+
+    Args:
+        planes: ``[d, r]``: the signs of x · planes are the hash of x.
+        draws: ``[heads, samples]``, int64 and not negative: which keys are the sample.
+    """
+    heads, n, groups = query.shape[1], query.shape[2], query.shape[1] // key.shape[1]
+    kind = torch.promote_types(query.dtype, torch.float32)
+    bias = torch.zeros(query.shape[0], 1, n, dtype=kind, device=query.device)
+    if mask is not None:
+        mask = mask.expand(query.shape[0], 1, 1, n)[:, 0]
+        bias = torch.where(mask, 0.0, -math.inf) if mask.dtype is torch.bool else mask.masked_fill(mask <= -1e4, -math.inf)
+    q, k, v = query.to(kind) * scale, *(x.repeat_interleave(groups, 1).to(kind) for x in (key, value))
+    bias, planes = bias.to(kind).expand(-1, heads, -1), planes.to(kind)
+    if not causal:
+        y, _ = _hashed(q, k, v, bias, bias, planes, draws, block)
+    else:
+        y, mass = _leaves(q, k, v, bias, leaf)
+        size = leaf
+        while size < (n if isinstance(n, int) else longest):
+            y, mass = _with_pieces(y, mass, q, k, v, bias, planes, draws, block, size)
+            size = 2 * size
+        if not isinstance(n, int):
+            y = torch.where(torch.arange(n, device=y.device)[:, None] < size, y, math.nan)
+    return y.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _leaves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, leaf: int) -> tuple[Tensor, Tensor]:
+    """Causal attention within pieces of ``leaf`` positions, and the logarithm of what its weights sum to."""
+    n = q.shape[2]
+    pieces = (n + leaf - 1) // leaf
+    rows = torch.arange(pieces, device=q.device)[:, None] * leaf + torch.arange(leaf, device=q.device)
+    inside = (rows < n)[:, None] & torch.ones(leaf, leaf, dtype=torch.bool, device=q.device).tril()
+    rows = rows.clamp(max=n - 1)
+    q, k, v, bias = q[:, :, rows], k[:, :, rows], v[:, :, rows], bias[:, :, rows]
+    logits = torch.where(inside, q @ k.mT + bias[:, :, :, None], -math.inf)
+    mass = logits.logsumexp(-1)
+    y = _weights(logits, mass) @ v
+    return y.flatten(2, 3)[:, :, :n], mass.flatten(2, 3)[:, :, :n]
+
+
+def _with_pieces(
+    y: Tensor, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, planes: Tensor, draws: Tensor, block: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """What y gets when every second piece of ``size`` positions sees the piece before it too."""
+    n = q.shape[2]
+    pairs = (n + size - 1) // (2 * size)  # none while n ≤ size
+    first = torch.arange(pairs, device=q.device)[:, None] * (2 * size) + torch.arange(size, device=q.device)
+    second = first + size
+    q_bias = torch.where(second < n, bias[:, :, second.clamp(max=n - 1)], -math.inf)
+    pieces = [x.transpose(1, 2).flatten(0, 1) for x in (
+        q[:, :, second.clamp(max=n - 1)], k[:, :, first], v[:, :, first], q_bias, bias[:, :, first])]  # fmt: skip
+    more, weight = _hashed(*pieces, planes, draws, block)
+    more, weight = (x.unflatten(0, (q.shape[0], pairs)).transpose(1, 2).flatten(2, 3) for x in (more, weight))
+    # One row more than there are: what positions in first pieces get.
+    more = torch.cat((more, torch.zeros_like(y[:, :, :1])), 2)
+    weight = torch.cat((weight, torch.full_like(mass[:, :, :1], -math.inf)), 2)
+    at = torch.arange(n, device=q.device)
+    index = torch.where(at // size % 2 == 1, at // (2 * size) * size + at % size, pairs * size)
+    more, weight = more[:, :, index], weight[:, :, index]
+    total = torch.logaddexp(mass, weight)
+    return y * _share(mass, total)[..., None] + more * _share(weight, total)[..., None], total
+
+
+def _hashed(
+    q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, bias: Tensor, planes: Tensor, draws: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Attention over hashed blocks and a sample, all of it seen: y and the logarithm of what its weights sum to.
+
+    Queries are sorted by their hash, and so are keys; those of padding (-inf in their bias) come last and count for nothing.
+    """
+    n, samples = q.shape[2], draws.shape[-1]
+    order, rank = _sorted(q, q_bias, planes)
+    q = q.gather(2, order[..., None].expand(q.shape))
+    near, _ = _sorted(k, bias, planes)
+    k, v, bias = k.gather(2, near[..., None].expand(k.shape)), v.gather(2, near[..., None].expand(v.shape)), bias.gather(2, near)
+    many = (bias > -math.inf).sum(-1, keepdim=True)  # [batch, h, 1]
+    asking = (q_bias > -math.inf).sum(-1, keepdim=True).clamp(min=1)
+    # The block of some queries begins where theirs stands among all queries.
+    blocks, width = (n + block - 1) // block, torch.sym_min(block, k.shape[2])
+    rows = torch.arange(blocks, device=q.device)[:, None] * block + torch.arange(block, device=q.device)
+    start = torch.minimum(rows[:, 0] * many // asking, (many - width).clamp(min=0)).unsqueeze(-1)  # [batch, h, blocks, 1]
+    columns = start + torch.arange(width, device=q.device)
+    q = q[:, :, rows.clamp(max=n - 1)]
+    flat = columns.flatten(2)
+
+    def blocked(x: Tensor) -> Tensor:
+        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, (blocks, width))
+
+    logits = q @ blocked(k).mT + bias.gather(2, flat).unflatten(2, (blocks, width)).unsqueeze(3)
+    drawn = draws % many.clamp(min=1)  # [batch, h, samples]
+    seen = (drawn.unsqueeze(2) >= start) & (drawn.unsqueeze(2) < start + width)  # by its block already
+    each = bias.gather(2, drawn) + (many.to(q.dtype) / samples).log()
+    sampled = drawn[..., None]
+    far = q.flatten(2, 3) @ k.gather(2, sampled.expand(-1, -1, -1, k.shape[-1])).mT
+    far = far.unflatten(2, (blocks, block)) + each[:, :, None, None]
+    far = torch.where(seen.unsqueeze(3), -math.inf, far)
+    mass = torch.logaddexp(logits.logsumexp(-1), far.logsumexp(-1))
+    y = _weights(logits, mass) @ blocked(v)
+    y = y + _weights(far, mass) @ v.gather(2, sampled.expand(-1, -1, -1, v.shape[-1])).unsqueeze(2)
+    y, mass = y.flatten(2, 3), mass.flatten(2, 3)
+    return y.gather(2, rank[..., None].expand(-1, -1, -1, y.shape[-1])), mass.gather(2, rank)
+
+
+def _sorted(x: Tensor, bias: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions by hash, those of padding last, and where each position stands among them.
+
+    Neighbouring hashes differ in one sign: a hash is the place of its signs in the reflected Gray code.
+    """
+    signs = (x @ planes > 0).long()
+    powers = 2 ** torch.arange(planes.shape[-1], device=x.device)
+    place = (signs.cumsum(-1) % 2 * powers.flip(0)).sum(-1)
+    place = torch.where(bias > -math.inf, place, 2 ** planes.shape[-1])
+    order = place.sort(dim=-1, stable=True).indices
+    return order, order.argsort(-1)
+
+
+def _weights(logits: Tensor, mass: Tensor) -> Tensor:
+    """exp(logits - mass); zero where nothing is seen at all."""
+    return _share(logits, mass.unsqueeze(-1))
+
+
+def _share(part: Tensor, total: Tensor) -> Tensor:
+    return (part - total.clamp(min=torch.finfo(total.dtype).min)).exp()

@@ -8,14 +8,18 @@ represent is refused: nothing of a mask is ever dropped without a word.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from tautomer.rewrite.attentions import AttentionSite, Masking, attentions, site_of
+from tautomer.rewrite.beside import Twins, beside, divergence, relative
+from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
@@ -34,34 +38,97 @@ LONG = 4096
 class SubstituteAttention(Pass):
     """An attention → another form of it; see the module.
 
+    With ``data``, the note of each application has the error of its output there, on the inputs of the original, and the report
+    how far the outputs of the model moved.
+
     Class attributes:
         represents: what of a mask the method has a place for.
         crosses: whether queries may come from another tensor than keys, or be fewer.
 
     Attributes:
         layers: which attentions, by their number in the program (the last is -1) or by module path; None is all.
+        budget: the divergence of the model's outputs (KL, nats per row of the first output, read as logits) that may not be
+            exceeded on ``data``: where it would be, attentions stay as they are. None is no limit.
     """
 
     represents: ClassVar[Masking] = Masking(0)
     crosses: ClassVar[bool] = False
     _: KW_ONLY
     layers: Sequence[int | str] | None = None
+    budget: float | None = None
 
     def run(self, program: Program, context: Context) -> None:
         sites = self.sites(program, context)
         facts = self.measure(program, sites, context) if sites else {}
+        sites, data = [site for site in sites if site.node in facts], context.data
+        if data is None and self.budget is not None:
+            for site in sites:
+                context.refused(self, site.node, f"how far the outputs move is not known: {NO_DATA}")
+            return
+        errors: Mapping[fx.Node, float] = {}
+        if data is not None and sites:
+            original, errors = program.copy(), self.errors(program, sites, facts, data)
+            sites = self.within_budget(program, sites, facts, context)
         editor = Editor(program)
         for site in sites:
-            if site.node in facts:
-                self.apply(site, facts[site.node], editor, context)
+            emit = lambda op, site=site: [op.node(self.emit(op, site, facts[site.node]))]  # noqa: E731
+            note = lambda op, site=site: self.note(op, site, errors.get(site.node))  # noqa: E731
+            try:
+                substitute(self, [site.node], emit, editor, context, note=note)
+            except Refused as refusal:
+                context.refused(self, site.node, str(refusal))
+        if data is not None and sites:
+            moved = divergence(original, program, data)
+            context.noted(
+                self, sites[0].node, f"{len(sites)} attentions replaced move the outputs by a KL of {moved:.2e} on data"
+            )
 
-    def apply(self, site: AttentionSite, fact: Any, editor: Editor, context: Context) -> None:
-        """Let the new form stand at ``site``, or enter why not."""
-        emit = lambda op: [op.node(self.emit(op, site, fact))]  # noqa: E731
-        try:
-            substitute(self, [site.node], emit, editor, context, note=lambda op: self.note(op, site))
-        except Refused as refusal:
-            context.refused(self, site.node, str(refusal))
+    def errors(
+        self, program: Program, sites: Sequence[AttentionSite], facts: Mapping[fx.Node, Any], data: Data
+    ) -> Mapping[fx.Node, float]:
+        """The relative error of every new output on ``data``, where queries are no padding, each on the inputs of the original."""
+        found, at = {site.node: torch.zeros(2, dtype=torch.float64) for site in sites}, {site.node: site for site in sites}
+
+        def emit(op: GraphOps, place: fx.Node, twins: Twins) -> tuple[Any, Any]:
+            site = at[place].on(twins)
+            return self.emit(op, site, facts[place]), site.keys_kept(op) if site.own else None
+
+        def see(place: fx.Node, values: list[Tensor | None]) -> None:
+            new, keep, old = values
+            assert new is not None and old is not None
+            if keep is not None:
+                rows = (keep if keep.dtype is torch.bool else keep > -1e4).mT
+                new, old = (x.masked_fill(~rows, 0) for x in (new, old))
+            found[place] += relative(new - old, old)
+
+        beside(program, list(at), emit).watch(data, see)
+        return {node: math.sqrt(float(error / value)) if value else 0.0 for node, (error, value) in found.items()}
+
+    def within_budget(
+        self, program: Program, sites: Sequence[AttentionSite], facts: Mapping[fx.Node, Any], context: Context
+    ) -> list[AttentionSite]:
+        """The sites that together stay within the budget, taken in the order of what each does alone."""
+        if self.budget is None or context.data is None:
+            return list(sites)
+
+        def moved(chosen: Sequence[AttentionSite]) -> float:
+            emit = lambda op, place, twins: [self.emit(op, at[place].on(twins), facts[place])]  # noqa: E731
+            at = {site.node: site for site in chosen}
+            made = beside(program, list(at), emit)
+            for place, (new,) in made.made.items():
+                made.twins[place].replace_all_uses_with(new)  # type: ignore[arg-type]
+            return divergence(program, made.program, context.data)  # type: ignore[arg-type]
+
+        alone = {site.node: moved([site]) for site in sites}
+        chosen = list[AttentionSite]()
+        for site in sorted(sites, key=lambda site: alone[site.node]):
+            together = moved([*chosen, site]) if chosen else alone[site.node]
+            if together <= self.budget:
+                chosen.append(site)
+            else:
+                said = f"with it the outputs move by a KL of {together:.2e} on data, more than the budget of {self.budget:.2e}"
+                context.refused(self, site.node, f"{said} (alone: {alone[site.node]:.2e})")
+        return [site for site in sites if site in chosen]
 
     def sites(self, program: Program, context: Context) -> list[AttentionSite]:
         """Where the method may stand: chosen, admitted and represented."""
@@ -99,14 +166,14 @@ class SubstituteAttention(Pass):
     def flops(self, site: AttentionSite, n: int) -> float:
         """Multiplications and additions of the new form per head at n positions; attention has 4 n² d."""
 
-    def note(self, op: GraphOps, site: AttentionSite) -> str:
+    def note(self, op: GraphOps, site: AttentionSite, error: float | None = None) -> str:
         """What the substitution changes, for the report."""
         made = sum(int(product(weight.meta.shape)) for name in op.staged if (weight := op.program.weights[name]).requires_grad)
         dense = lambda n: 2 * n * n * (site.width + int(shape(site.value)[-1]))  # noqa: E731
         fewer = next((2**i for i in range(1, 21) if self.flops(site, 2**i) < dense(2**i)), None)
         told = [f"{self.flops(site, LONG) / dense(LONG):.2g} of its operations at {LONG} positions"]
         told += [f"fewer from {fewer} on" if fewer else "never fewer"] + ([f"{made} parameters more"] if made else [])
-        return ", ".join(told)
+        return ", ".join(told + ([f"off by {error:.2g} on data"] if error is not None else []))
 
     def _chosen(self, nodes: list[fx.Node]) -> list[fx.Node]:
         if self.layers is None:

@@ -26,6 +26,10 @@ BODIES = {
     "packed_attention.v1": "153214808a60",
     "cached_attention.v1": "0ae929cbd774",
     "window_attention.v1": "354169e69299",
+    "top_attention.v1": "7ed06fe4d711",
+    "hyper_attention.v1": "479f549fb90d",
+    "nystrom_attention.v1": "553a43f85b50",
+    "linformer_attention.v1": "f019b727ac4d",
 }
 """torch.compile's disk cache knows an op by its name: if a hash here is wrong, give the op the next version."""
 
