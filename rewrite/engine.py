@@ -279,7 +279,7 @@ class _Engine:
 
     def refuse_second_copies(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> None:
         """A matrix is not stored twice for one of its readers' sake."""
-        large = [weight for name in op.staged if (weight := self.program.weights[name]).meta.ndim >= 2]
+        large = [weight for name in op.staged if (weight := self.program.weights[name]).edited and weight.meta.ndim >= 2]
         if not large:
             return
         gone, seen = dying(roots), set[str]()

@@ -68,8 +68,8 @@ def linformer_attention(
     """softmax(q (Eᵀ k)ᵀ + log c) (Fᵀ v), of every slot the mean over the c positions of its segment that count. arXiv:2006.04768
 
     Args:
-        E, F_: ``[longest, slots]``; where they are 1 in the segment of a slot and 0 elsewhere, and keys and values are constant in
-            segments, this is attention itself. No more than ``longest`` positions.
+        E, F_: ``[longest, slots]``; where they are 1 in the segment of a slot and 0 elsewhere, and keys and values are constant
+            in segments, this is attention itself. No more than ``longest`` positions.
     """
     longest, slots = E.shape
     at = torch.arange(key.shape[2], device=key.device)

@@ -252,8 +252,8 @@ SEMANTIC = (
         heads_last,
     ),
     Semantic(
-        "top_attention.v1(Tensor query, Tensor key, Tensor value, Tensor rotation, Tensor? mask, float scale, int count, int of=0, "
-        "bool causal=False, bool gather=True) -> Tensor",
+        "top_attention.v1(Tensor query, Tensor key, Tensor value, Tensor rotation, Tensor? mask, float scale, int "
+        "count, int of=0, bool causal=False, bool gather=True) -> Tensor",
         top_attention,
         heads_last,
     ),
@@ -264,13 +264,14 @@ SEMANTIC = (
         heads_last,
     ),
     Semantic(
-        "nystrom_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int landmarks, int iterations=6) "
-        "-> Tensor",
+        "nystrom_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int landmarks, int "
+        "iterations=6) -> Tensor",
         nystrom_attention,
         heads_last,
     ),
     Semantic(
-        "linformer_attention.v1(Tensor query, Tensor key, Tensor value, Tensor E, Tensor F_, Tensor? mask, float scale) -> Tensor",
+        "linformer_attention.v1(Tensor query, Tensor key, Tensor value, Tensor E, Tensor F_, Tensor? mask, float scale) "
+        "-> Tensor",
         linformer_attention,
         heads_last,
     ),

@@ -151,8 +151,9 @@ def hyper_attention(
 ) -> Tensor:
     """Every query sees the ``block`` keys that hash like it, and a sample of all others that stands for them.
 
-    Causal: exact within leaves of ``leaf`` positions; the second of two neighbouring pieces sees the first, and so do pieces twice
-    as large, up to all n positions; where n is a symbol, up to ``longest`` positions, and those beyond are no numbers.
+    Causal: exact within leaves of ``leaf`` positions; the second of two neighbouring pieces sees the first, and so do pieces
+        twice as large, up to all n positions; where n is a symbol, up to ``longest`` positions, and those beyond are no
+        numbers.
 
     Args:
         planes: ``[d, r]``: the signs of x · planes are the hash of x.
@@ -163,11 +164,11 @@ def hyper_attention(
     bias = torch.zeros(query.shape[0], 1, n, dtype=kind, device=query.device)
     if mask is not None:
         mask = mask.expand(query.shape[0], 1, 1, n)[:, 0]
-        bias = torch.where(mask, 0.0, -math.inf) if mask.dtype is torch.bool else mask.masked_fill(mask <= -1e4, -math.inf)
+        bias = torch.where(mask, 0.0, -1e30) if mask.dtype is torch.bool else mask.masked_fill(mask <= -1e4, -1e30)
     q, k, v = query.to(kind) * scale, *(x.repeat_interleave(groups, 1).to(kind) for x in (key, value))
     bias, planes = bias.to(kind).expand(-1, heads, -1), planes.to(kind)
     if not causal:
-        y, _ = _hashed(q, k, v, bias, bias, planes, draws, block)
+        y, _ = _hashed(q, k, v, bias, planes, draws, block)
     else:
         y, mass = _leaves(q, k, v, bias, leaf)
         size = leaf
@@ -187,9 +188,9 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, leaf: int) -> tuple[T
     inside = (rows < n)[:, None] & torch.ones(leaf, leaf, dtype=torch.bool, device=q.device).tril()
     rows = rows.clamp(max=n - 1)
     q, k, v, bias = q[:, :, rows], k[:, :, rows], v[:, :, rows], bias[:, :, rows]
-    logits = torch.where(inside, q @ k.mT + bias[:, :, :, None], -math.inf)
+    logits = torch.where(inside, q @ k.mT + bias[:, :, :, None], -1e30)
     mass = logits.logsumexp(-1)
-    y = _weights(logits, mass) @ v
+    y = (logits - mass.unsqueeze(-1)).exp() @ v
     return y.flatten(2, 3)[:, :, :n], mass.flatten(2, 3)[:, :, :n]
 
 
@@ -200,79 +201,77 @@ def _with_pieces(
     n = q.shape[2]
     pairs = (n + size - 1) // (2 * size)  # none while n ≤ size
     first = torch.arange(pairs, device=q.device)[:, None] * (2 * size) + torch.arange(size, device=q.device)
-    second = first + size
-    q_bias = torch.where(second < n, bias[:, :, second.clamp(max=n - 1)], -math.inf)
-    pieces = [x.transpose(1, 2).flatten(0, 1) for x in (
-        q[:, :, second.clamp(max=n - 1)], k[:, :, first], v[:, :, first], q_bias, bias[:, :, first])]  # fmt: skip
+    second = (first + size).clamp(max=n - 1)
+    pieces = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, second], k[:, :, first], v[:, :, first], bias[:, :, first]))
     more, weight = _hashed(*pieces, planes, draws, block)
     more, weight = (x.unflatten(0, (q.shape[0], pairs)).transpose(1, 2).flatten(2, 3) for x in (more, weight))
     # One row more than there are: what positions in first pieces get.
     more = torch.cat((more, torch.zeros_like(y[:, :, :1])), 2)
-    weight = torch.cat((weight, torch.full_like(mass[:, :, :1], -math.inf)), 2)
+    weight = torch.cat((weight, torch.full_like(mass[:, :, :1], -1e30)), 2)
     at = torch.arange(n, device=q.device)
     index = torch.where(at // size % 2 == 1, at // (2 * size) * size + at % size, pairs * size)
     more, weight = more[:, :, index], weight[:, :, index]
     total = torch.logaddexp(mass, weight)
-    return y * _share(mass, total)[..., None] + more * _share(weight, total)[..., None], total
+    return y * (mass - total).exp()[..., None] + more * (weight - total).exp()[..., None], total
 
 
-def _hashed(
-    q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, bias: Tensor, planes: Tensor, draws: Tensor, block: int
-) -> tuple[Tensor, Tensor]:
-    """Attention over hashed blocks and a sample, all of it seen: y and the logarithm of what its weights sum to.
+def _hashed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, planes: Tensor, draws: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Attention to hashed blocks of keys and a sample of the others: y, and the logarithm of what its weights sum to.
 
-    Queries are sorted by their hash, and so are keys; those of padding (-inf in their bias) come last and count for nothing.
+    Keys are sorted by their hash, those of padding (-1e30 in their bias) last, and cut into blocks. The block that a query sees
+    depends on the query and on keys, never on other queries: these may be of the future.
     """
-    n, samples = q.shape[2], draws.shape[-1]
-    order, rank = _sorted(q, q_bias, planes)
-    q = q.gather(2, order[..., None].expand(q.shape))
-    near, _ = _sorted(k, bias, planes)
-    k, v, bias = k.gather(2, near[..., None].expand(k.shape)), v.gather(2, near[..., None].expand(v.shape)), bias.gather(2, near)
-    many = (bias > -math.inf).sum(-1, keepdim=True)  # [batch, h, 1]
-    asking = (q_bias > -math.inf).sum(-1, keepdim=True).clamp(min=1)
-    # The block of some queries begins where theirs stands among all queries.
-    blocks, width = (n + block - 1) // block, torch.sym_min(block, k.shape[2])
-    rows = torch.arange(blocks, device=q.device)[:, None] * block + torch.arange(block, device=q.device)
-    start = torch.minimum(rows[:, 0] * many // asking, (many - width).clamp(min=0)).unsqueeze(-1)  # [batch, h, blocks, 1]
-    columns = start + torch.arange(width, device=q.device)
-    q = q[:, :, rows.clamp(max=n - 1)]
-    flat = columns.flatten(2)
+    (n, m), samples = (q.shape[2], k.shape[2]), draws.shape[-1]
+    codes = torch.where(bias > -1e29, _hash(k, planes), 2 ** planes.shape[-1])
+    near = codes.sort(dim=-1, stable=True).indices
+    k, v, bias = _rows(k, near), _rows(v, near), bias.gather(2, near)
+    many = (bias > -1e29).sum(-1, keepdim=True)  # [batch, h, 1]
+    blocks, width = (m + block - 1) // block, torch.sym_min(block, m)
+    starts = torch.minimum(torch.arange(blocks, device=q.device) * block, (many - width).clamp(min=0))  # [batch, h, blocks]
 
-    def blocked(x: Tensor) -> Tensor:
-        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, (blocks, width))
+    # Queries side by side with those that see the same block, in rows of ``side``, so many that some stay empty.
+    own = torch.minimum(_place(codes, _hash(q, planes), planes.shape[-1]), (many - 1).clamp(min=0)) // block
+    side = (block + 1) // 2
+    rows = n // side + blocks
+    count = torch.zeros_like(starts).scatter_add(2, own, torch.ones_like(own))
+    begin = ((count + side - 1) // side * side).cumsum(-1) - (count + side - 1) // side * side
+    order = own.sort(dim=-1, stable=True).indices
+    sorted_own = own.gather(2, order)
+    within = torch.arange(n, device=q.device) - (count.cumsum(-1) - count).gather(2, sorted_own)
+    slot = begin.gather(2, sorted_own) + within
+    unused = torch.zeros(rows * side, dtype=torch.int64, device=q.device).expand(*own.shape[:2], -1)
+    q = _rows(q, unused.scatter(2, slot, order)).unflatten(2, (rows, side))
+    seen_by = unused[:, :, :rows].scatter(2, slot // side, sorted_own)
+    slot = torch.zeros_like(slot).scatter(2, order, slot)
 
-    logits = q @ blocked(k).mT + bias.gather(2, flat).unflatten(2, (blocks, width)).unsqueeze(3)
+    start = starts.gather(2, seen_by).unsqueeze(-1)  # [batch, h, rows, 1]
+    columns = (start + torch.arange(width, device=q.device)).flatten(2)
+    logits = q @ _rows(k, columns).unflatten(2, (rows, width)).mT + bias.gather(2, columns).unflatten(2, (rows, 1, width))
     drawn = draws % many.clamp(min=1)  # [batch, h, samples]
-    seen = (drawn.unsqueeze(2) >= start) & (drawn.unsqueeze(2) < start + width)  # by its block already
-    each = bias.gather(2, drawn) + (many.to(q.dtype) / samples).log()
-    sampled = drawn[..., None]
-    far = q.flatten(2, 3) @ k.gather(2, sampled.expand(-1, -1, -1, k.shape[-1])).mT
-    far = far.unflatten(2, (blocks, block)) + each[:, :, None, None]
-    far = torch.where(seen.unsqueeze(3), -math.inf, far)
+    weight = bias.gather(2, drawn) + (many.to(q.dtype) / samples).log()
+    far = q @ _rows(k, drawn).unsqueeze(2).mT + weight[:, :, None, None]
+    inside = (drawn.unsqueeze(2) >= start) & (drawn.unsqueeze(2) < start + width)  # not to be counted twice
+    far = torch.where(inside.unsqueeze(3), -1e30, far)
     mass = torch.logaddexp(logits.logsumexp(-1), far.logsumexp(-1))
-    y = _weights(logits, mass) @ blocked(v)
-    y = y + _weights(far, mass) @ v.gather(2, sampled.expand(-1, -1, -1, v.shape[-1])).unsqueeze(2)
-    y, mass = y.flatten(2, 3), mass.flatten(2, 3)
-    return y.gather(2, rank[..., None].expand(-1, -1, -1, y.shape[-1])), mass.gather(2, rank)
+    y = (logits - mass.unsqueeze(-1)).exp() @ _rows(v, columns).unflatten(2, (rows, width)) + (
+        far - mass.unsqueeze(-1)
+    ).exp() @ _rows(v, drawn).unsqueeze(2)
+    return _rows(y.flatten(2, 3), slot), mass.flatten(2, 3).gather(2, slot)
 
 
-def _sorted(x: Tensor, bias: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions by hash, those of padding last, and where each position stands among them.
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of x, ``[batch, h, n, d]``, that are asked for, ``[batch, h, ·]``."""
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
-    Neighbouring hashes differ in one sign: a hash is the place of its signs in the reflected Gray code.
-    """
+
+def _hash(x: Tensor, planes: Tensor) -> Tensor:
+    """The place of the signs of x · planes in the reflected Gray code: neighbouring hashes differ in one sign."""
     signs = (x @ planes > 0).long()
-    powers = 2 ** torch.arange(planes.shape[-1], device=x.device)
-    place = (signs.cumsum(-1) % 2 * powers.flip(0)).sum(-1)
-    place = torch.where(bias > -math.inf, place, 2 ** planes.shape[-1])
-    order = place.sort(dim=-1, stable=True).indices
-    return order, order.argsort(-1)
+    return (signs.cumsum(-1) % 2 * 2 ** torch.arange(planes.shape[-1], device=x.device).flip(0)).sum(-1)
 
 
-def _weights(logits: Tensor, mass: Tensor) -> Tensor:
-    """exp(logits - mass); zero where nothing is seen at all."""
-    return _share(logits, mass.unsqueeze(-1))
-
-
-def _share(part: Tensor, total: Tensor) -> Tensor:
-    return (part - total.clamp(min=torch.finfo(total.dtype).min)).exp()
+def _place(codes: Tensor, code: Tensor, bits: int) -> Tensor:
+    """Where among sorted keys of these ``codes`` a query of hash ``code`` belongs; queries of one hash take turns."""
+    count = torch.zeros_like(codes[:, :, :1]).expand(-1, -1, 2**bits + 1).scatter_add(2, codes, torch.ones_like(codes))
+    before = (count.cumsum(-1) - count).gather(2, code)
+    return before + torch.arange(code.shape[2], device=code.device) % count.gather(2, code).clamp(min=1)

@@ -2,12 +2,14 @@
 
     Σ_j exp(s_ij) v_j  ≈  Σ_{j in the block} exp(s_ij) v_j + n/m Σ_{j in the sample, not in the block} exp(s_ij) v_j
 
-Queries and keys are sorted by the signs of r random projections and cut into blocks of b; m keys are drawn for each head. Causal
-attention is exact within leaves; above them the second of two neighbouring pieces sees the first in this way, and so on with pieces
-twice as large. 4 n (b + m) d operations, times log₂(n / leaf) / 2 if causal, instead of 4 n² d.
+Keys are sorted by the signs of r random projections and cut into blocks of b; m keys are drawn for each head.
+Causal attention is exact within leaves; above them the second of two neighbouring pieces sees the first in this way, and so on
+with pieces twice as large. 4 n (b + m) d operations, times log₂(n / leaf) / 2 if causal, instead of 4 n² d.
 
-arXiv:2310.05869 (HyperAttention). Different from its code: hashes are ranked by the inverse Gray code, so that neighbours differ in
-one sign; a key of the block is not counted again in the sample; padding is in no block and no sample; the random numbers are constants.
+arXiv:2310.05869 (HyperAttention). Different from its code: a query sees the block of keys that its hash falls into, whatever
+other queries hash to, or positions would learn from the future which keys they see; hashes are ranked by the inverse Gray code,
+so that neighbours differ in one sign; a key of the block is not counted again in the sample; padding is in no block and no
+sample; the random numbers are constants.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class HyperAttention(SubstituteAttention):
         samples: m.
         leaf: how many positions see each other exactly, if causal.
         planes: r.
-        longest: the most positions a causal model sees once its graph is compiled or exported with free sizes; those beyond become
-            nan. Run as it is, it takes any number.
+        longest: the most positions a causal model sees once its graph is compiled or exported with free sizes; those beyond
+            become nan. Run as it is, it takes any number.
         seed: of the random numbers.
     """
 

@@ -2,9 +2,9 @@
 
     softmax(q kᵀ) v  →  softmax(q (Eᵀ k)ᵀ + log c) (Fᵀ v)          E, F: [longest, slots], parameters
 
-8 n k d operations instead of 4 n² d with k slots, 2 k · longest parameters more. E and F begin as means over segments, c positions
-in each: exact where keys and values are constant in segments, and far off elsewhere. The model must be trained, and never sees more
-than ``longest`` positions.
+8 n k d operations instead of 4 n² d with k slots, 2 k · longest parameters more. E and F begin as means over segments, c
+positions in each: exact where keys and values are constant in segments, and far off elsewhere. The model must be trained, and
+never sees more than ``longest`` positions.
 
 arXiv:2006.04768 (Linformer), one E and one F for all heads of a layer.
 """

@@ -2,10 +2,10 @@
 
     q kᵀ = (q P)(k P)ᵀ ≈ (q P)_{1:d'} (k P)_{1:d'}ᵀ        P: the principal axes of the keys, one rotation per head of keys
 
-P is measured on ``data``: the covariance of the keys as attention reads them (after a rotary embedding), padding left out. What is
-chosen is scored exactly. 2 n² d' operations and 4 n k d instead of 4 n² d, and of k and v only what is chosen is read: made for
-decoding, where one query meets many keys. Where all queries are there at once, reading k keys for each is slower than attention:
-``gather=False`` masks instead, to measure what it costs in quality.
+P is measured on ``data``: the covariance of the keys as attention reads them (after a rotary embedding), padding left out. What
+is chosen is scored exactly. 2 n² d' operations and 4 n k d instead of 4 n² d, and of k and v only what is chosen is read: made
+for decoding, where one query meets many keys. Where all queries are there at once, reading k keys for each is slower than
+attention: ``gather=False`` masks instead, to measure what it costs in quality.
 
 arXiv:2406.02542 (Loki).
 """

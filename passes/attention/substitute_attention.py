@@ -86,7 +86,7 @@ class SubstituteAttention(Pass):
     def errors(
         self, program: Program, sites: Sequence[AttentionSite], facts: Mapping[fx.Node, Any], data: Data
     ) -> Mapping[fx.Node, float]:
-        """The relative error of every new output on ``data``, where queries are no padding, each on the inputs of the original."""
+        """The relative error of every new output on ``data`` where queries are no padding, on the inputs of the original."""
         found, at = {site.node: torch.zeros(2, dtype=torch.float64) for site in sites}, {site.node: site for site in sites}
 
         def emit(op: GraphOps, place: fx.Node, twins: Twins) -> tuple[Any, Any]:
