@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -13,16 +15,15 @@ from torch.nn import functional as F
 
 import tautomer
 from tautomer.passes.attention.substitutes import METHODS
-from tautomer.passes.recipes import LongContext
 from tautomer.rewrite.attentions import Masking
 
 CASES: dict[str, dict[str, Any]] = {
     "window": {"window": 3, "sinks": 1},
     "window-mask": {"window": 3, "sinks": 1},
     "loki": {"keys": 3, "rank": 2},
-    "hyper": {"block": 2, "samples": 3, "leaf": 2, "longest": 32},
+    "hyper": {"block": 2, "samples": 3, "leaf": 4, "longest": 16},
     "nystrom": {"landmarks": 4},
-    "linformer": {"slots": 4, "longest": 24},
+    "linformer": {"slots": 4, "longest": 16},
 }
 """Options with which a sequence of 13 is long, and blocks, segments and leaves do not divide it."""
 CAUSAL = [name for name in CASES if Masking.CAUSAL in METHODS[name].represents]
@@ -53,18 +54,20 @@ class Attention(nn.Module):
 
 def call(batch: int = 2, length: int = LENGTH, padded: bool = True, left: bool = False) -> dict[str, Tensor]:
     tokens = torch.randint(11, (batch, length))
-    if not padded:
-        return {"tokens": tokens}
     mask = torch.ones_like(tokens)
-    mask[0, : length // 3] = 0
+    if padded:
+        mask[0, : length // 3] = 0
     return {"tokens": tokens, "attention_mask": mask if left else mask.flip(1)}
 
 
-def substituted(name: str, padded: bool = True, dtype: torch.dtype = torch.float64, train: bool = False) -> Any:
+@lru_cache
+def substituted(name: str) -> Any:
+    """The model in its new form, in float64, captured in train mode."""
     torch.manual_seed(3)
-    model, data = Attention(name in CAUSAL).to(dtype).train(train), [call(padded=padded) for _ in range(2)]
-    fast = tautomer.optimize(model, (), data[0], recipe=LongContext(name, **CASES[name]), data=data)
+    model, data = Attention(name in CAUSAL).double().train(), [call() for _ in range(2)]
+    fast = tautomer.optimize(model, (), data[0], passes=[METHODS[name](**CASES[name])], data=data)
     assert fast.report.fired(METHODS[name].name) == 2, str(fast.report)
+    assert all("off by" in application.note for application in fast.report.applications)
     return fast
 
 
@@ -84,71 +87,43 @@ def test_padding_changes_nothing_and_a_sample_knows_nothing_of_its_batch(name: s
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_future_changes_nothing(name: str) -> None:
-    fast, given = substituted(name, padded=False), call(padded=False)
+    fast, given = substituted(name), call(padded=False)
     wanted = fast(**given)
-    for position in (LENGTH - 1, 5, 2):
+    for position in (LENGTH - 1, 7, 5, 2):
         tokens = given["tokens"].clone()
         tokens[:, position] = (tokens[:, position] + 1) % 11
-        moved = (fast(tokens) - wanted).abs().amax((0, 2))
+        moved = (fast(**{**given, "tokens": tokens}) - wanted).abs().amax((0, 2))
         assert moved[position] > 1e-3
         assert bool((moved[:position] < 1e-10).all())
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_lengths_and_gradients_are_free(name: str) -> None:
-    fast = substituted(name, train=True)
-    for batch, length in ((1, 1), (3, 7), (1, 16), (2, 24)):
+def test_lengths_are_free_and_every_parameter_gets_a_gradient(name: str) -> None:
+    fast = copy.deepcopy(substituted(name))
+    for batch, length in ((1, 1), (3, 7), (1, 16)):
         given = call(batch, length)
-        y = fast(**given)
-        y[given["attention_mask"].bool()].square().sum().backward()
+        fast(**given)[given["attention_mask"].bool()].square().sum().backward()
     gradients = [parameter.grad for parameter in fast.parameters()]
     assert all(g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_half_precision_is_no_worse_than_a_few_roundings(name: str, dtype: torch.dtype) -> None:
-    # What is rounded may hash to another block, and other keys be the best: here all are seen, and few are left to hashes.
-    options = {**CASES[name], **{"hyper": {"block": 64}, "loki": {"keys": 64}}.get(name, {})}
-    torch.manual_seed(3)
-    model, given = Attention(name in CAUSAL).to(dtype).eval(), call()
-    fast = tautomer.optimize(model, (), given, recipe=LongContext(name, **options), data=[given])
-    wide = tautomer.optimize(model.double(), (), given, recipe=LongContext(name, **options), data=[given])
-    y, wanted, keep = fast(**given), wide(**given), given["attention_mask"].bool()
+def test_half_precision_has_the_errors_of_attention(name: str, dtype: torch.dtype) -> None:
+    fast, given = substituted(name), call(length=4 if name in ("hyper", "loki") else LENGTH)
+    # Of four positions hashes and the best keys decide little: what is rounded chooses others, which is no error of the form.
+    wanted, y, keep = fast(**given), copy.deepcopy(fast).to(dtype)(**given), given["attention_mask"].bool()
     assert y.dtype == dtype
-    error = (y.double() - wanted)[keep].norm() / wanted[keep].norm()
-    assert error < 4 * torch.finfo(dtype).eps
+    assert (y.double() - wanted)[keep].norm() < 4 * torch.finfo(dtype).eps * wanted[keep].norm()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_runs_on_onnx_runtime_at_other_sizes(name: str, tmp_path: Any) -> None:
-    fast = substituted(name, dtype=torch.float32)
-    path = tmp_path / "model.onnx"
-    tautomer.export_onnx(fast, path, (), call())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for batch, length in ((1, 4), (3, 9), (2, 24)):
+def test_it_runs_on_onnx_runtime_at_other_sizes(name: str, tmp_path: Path) -> None:
+    fast, path = copy.deepcopy(substituted(name)).float(), tmp_path / "model.onnx"
+    tautomer.export_onnx(fast, path, (), call(), check=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, length in ((1, 4), (3, 9), (2, 16)):
         given = call(batch, length)
         keep = given["attention_mask"].bool()
-        names = [entry.name for entry in session.get_inputs()]
-        (found, *_) = session.run(None, dict(zip(names, (x.numpy() for x in given.values()), strict=True)))
-        torch.testing.assert_close(torch.from_numpy(found)[keep], fast(**given)[keep], rtol=1e-4, atol=1e-4)
-
-
-EXACT: dict[str, Callable[[int], dict[str, Any]]] = {
-    "window": lambda n: {"window": n, "sinks": 2},
-    "window-mask": lambda n: {"window": n, "sinks": 0},
-    "loki": lambda n: {"keys": n, "rank": 1},
-    "hyper": lambda n: {"block": n, "leaf": 2},
-    "nystrom": lambda n: {"landmarks": n},
-}
-"""Options with which n positions attend exactly."""
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_it_is_attention_in_its_limit(name: str) -> None:
-    model, given = Attention(name in CAUSAL).double().eval(), call()
-    fast = tautomer.optimize(model, (), given, recipe=LongContext(name, **EXACT[name](LENGTH)), data=[given])
-    assert fast.report.fired(METHODS[name].name) == 2
-    keep = given["attention_mask"].bool()
-    torch.testing.assert_close(fast(**given)[keep], model(**given)[keep], rtol=1e-11, atol=1e-11)
-    assert any("off by" in application.note for application in fast.report.applications)
+        fed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), given.values(), strict=True)}
+        torch.testing.assert_close(torch.from_numpy(session.run(None, fed)[0])[keep], fast(**given)[keep], rtol=1e-4, atol=1e-4)
