@@ -148,7 +148,7 @@ def site_of(node: fx.Node, masks: Masks) -> AttentionSite:
     given = arguments(node)
     q, k, v = (given[name] for name in ("query", "key", "value"))
     require(rank(q) == rank(k) == rank(v) == 4, f"queries of {rank(q)} axes: not 4")
-    heads, key_heads, width = static(shape(q)[1]), static(shape(k)[1]), static(shape(q)[-1])
+    heads, key_heads, width = (static(size) or 0 for size in (shape(q)[1], shape(k)[1], shape(q)[-1]))
     require(heads and key_heads and width, "the number of heads or their width depends on the input")
     require(same(shape(k)[1], shape(v)[1]), "keys and values have not the same number of heads")
     require(all(same(shape(x)[0], shape(q)[0]) for x in (k, v)), "one batch of keys or values serves all batches of the queries")

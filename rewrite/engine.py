@@ -353,9 +353,9 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
             engine.refuse_second_copies(op, before)
         new = Region(tuple(op.created), after, {})
         # Both sides start where the new one does.
-        old = region_between(before, set(new.inputs), {})
+        region = region_between(before, set(new.inputs), {})
         # What is no equality is measured on the whole program: on random numbers it would say nothing.
-        error = hold(rewrite.claim, old, new, editor) if context.check and rewrite.claim.exact else None
+        error = hold(rewrite.claim, region, new, editor) if context.check and rewrite.claim.exact else None
     except ClaimBroken as broken:
         op.rollback()
         raise Refused(broken.what) from broken

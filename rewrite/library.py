@@ -50,7 +50,8 @@ class Semantic:
             function = stack.pop()
             if isinstance(function, FunctionType) and function.__module__ == self.body.__module__ and function not in found:
                 found.add(function)
-                stack += [function.__globals__.get(name) for name in _names(function.__code__)]  # type: ignore[list-item]
+                named = [function.__globals__.get(name) for name in _names(function.__code__)]
+                stack += [other for other in named if isinstance(other, FunctionType)]
         ordered = sorted(found, key=lambda function: (function is self.body, function.__code__.co_firstlineno))
         return tuple(map(inspect.getsource, ordered))
 
@@ -175,7 +176,7 @@ def packed_attention(
     return y.transpose(1, 2).flatten(2)
 
 
-def heads_last(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def heads_last(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
     """[batch, heads, n, e], its heads side by side in memory, as attention returns it."""
     batch, heads, n, _ = query.shape
     return query.new_empty(batch, n, heads, value.shape[-1]).transpose(1, 2)

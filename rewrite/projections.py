@@ -57,8 +57,9 @@ def common_source(*values: fx.Node) -> bool:
 def _made_of(value: fx.Node) -> fx.Node:
     """The tensor that the last product before ``value`` reads: behind norms, rotary embeddings, scales, an older cache."""
     while value.op == "call_function":
-        operands = value.args[0][-1:] if value.target is aten.cat.default else value.all_input_nodes  # type: ignore[index]
-        first = next((x for x in operands if isinstance(x, fx.Node) and x.op != "get_attr"), None)
+        joined = value.target is aten.cat.default
+        operands = [x for x in value.all_input_nodes if x.op != "get_attr"]
+        first = next(iter(operands[-1:] if joined else operands), None)
         if first is None:
             return value
         if value.target in _PRODUCTS:

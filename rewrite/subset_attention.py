@@ -7,6 +7,9 @@ many heads of the queries. A mask speaks of keys alone: boolean (True is kept) o
 query that sees no key at all gets a mean of values, so that it stays finite. Sizes may be symbols: nothing branches on them.
 """
 
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+# Tensor.unflatten and torch.sym_min have no annotations.
+
 from __future__ import annotations
 
 import math
@@ -53,7 +56,7 @@ def _window_of_blocks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, window: int, sinks: int, causal: bool
 ) -> Tensor:
     batch, heads, n, _ = query.shape
-    device, blocks = query.device, (n + window - 1) // window
+    device, blocks = query.device, n // window + 2  # enough, and never one: PyTorch would ask whether it is
     rows = torch.arange(blocks, device=device)[:, None] * window + torch.arange(window, device=device)
     columns = rows[:, :1] + torch.arange(-window, window if causal else 2 * window, device=device)
     away = rows[:, :, None] - columns[:, None]
@@ -202,8 +205,10 @@ def _with_pieces(
     pairs = (n + size - 1) // (2 * size)  # none while n ≤ size
     first = torch.arange(pairs, device=q.device)[:, None] * (2 * size) + torch.arange(size, device=q.device)
     second = (first + size).clamp(max=n - 1)
-    pieces = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, second], k[:, :, first], v[:, :, first], bias[:, :, first]))
-    more, weight = _hashed(*pieces, planes, draws, block)
+    asking, *asked = (
+        x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, second], k[:, :, first], v[:, :, first], bias[:, :, first])
+    )
+    more, weight = _hashed(asking, asked[0], asked[1], asked[2], planes, draws, block)
     more, weight = (x.unflatten(0, (q.shape[0], pairs)).transpose(1, 2).flatten(2, 3) for x in (more, weight))
     # One row more than there are: what positions in first pieces get.
     more = torch.cat((more, torch.zeros_like(y[:, :, :1])), 2)

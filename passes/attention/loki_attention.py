@@ -81,7 +81,8 @@ class LokiAttention(SubstituteAttention):
         share = variance.flip(-1).clamp(min=0).cumsum(-1)
         share = share / share[:, -1:].clamp(min=torch.finfo(share.dtype).tiny)
         rank = int(self.rank) if self.rank >= 1 else int((share < self.rank).sum(-1).max()) + 1
-        return axes.flip(-1)[..., :rank]
+        found: Tensor = axes.flip(-1)[..., :rank]
+        return found
 
     def emit(self, op: GraphOps, site: AttentionSite, fact: Any) -> Any:
         rotation = op.tensor(weight_name(site, "rotation"), fact.to(dtype(site.key)).contiguous(), site.key)

@@ -32,6 +32,7 @@ from tautomer.rewrite.shapes import product
 NO_DATA = "it is measured on example calls: pass data=[…] to optimize"
 LONG = 4096
 """The length at which the note of an application counts operations."""
+_LENGTHS = [2**i for i in range(1, 21)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +113,8 @@ class SubstituteAttention(Pass):
             return list(sites)
 
         def moved(chosen: Sequence[AttentionSite]) -> float:
-            emit = lambda op, place, twins: [self.emit(op, at[place].on(twins), facts[place])]  # noqa: E731
             at = {site.node: site for site in chosen}
+            emit = lambda op, place, twins: [self.emit(op, at[place].on(twins), facts[place])]  # noqa: E731
             made = beside(program, list(at), emit)
             for place, (new,) in made.made.items():
                 made.twins[place].replace_all_uses_with(new)  # type: ignore[arg-type]
@@ -169,9 +170,9 @@ class SubstituteAttention(Pass):
     def note(self, op: GraphOps, site: AttentionSite, error: float | None = None) -> str:
         """What the substitution changes, for the report."""
         made = sum(int(product(weight.meta.shape)) for name in op.staged if (weight := op.program.weights[name]).requires_grad)
-        dense = lambda n: 2 * n * n * (site.width + int(shape(site.value)[-1]))  # noqa: E731
-        fewer = next((2**i for i in range(1, 21) if self.flops(site, 2**i) < dense(2**i)), None)
-        told = [f"{self.flops(site, LONG) / dense(LONG):.2g} of its operations at {LONG} positions"]
+        share = {n: self.flops(site, n) / (2 * n * n * (site.width + int(shape(site.value)[-1]))) for n in _LENGTHS}
+        fewer = next((n for n in _LENGTHS if share[n] < 1), None)
+        told = [f"{share[LONG]:.2g} of its operations at {LONG} positions"]
         told += [f"fewer from {fewer} on" if fewer else "never fewer"] + ([f"{made} parameters more"] if made else [])
         return ", ".join(told + ([f"off by {error:.2g} on data"] if error is not None else []))
 

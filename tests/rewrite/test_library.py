@@ -25,9 +25,9 @@ BODIES = {
     "normalize.v1": "e21d0718fe1b",
     "packed_attention.v1": "153214808a60",
     "cached_attention.v1": "0ae929cbd774",
-    "window_attention.v1": "354169e69299",
+    "window_attention.v1": "b43df3cff065",
     "top_attention.v1": "7ed06fe4d711",
-    "hyper_attention.v1": "f75d7c00f72b",
+    "hyper_attention.v1": "8b83b7e8fe59",
     "nystrom_attention.v1": "553a43f85b50",
     "linformer_attention.v1": "25c016f1c07b",
 }

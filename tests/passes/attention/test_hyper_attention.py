@@ -24,7 +24,7 @@ PLANES = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manu
 DRAWS = torch.randint(2**40, (4, 5), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize(("n", "leaf", "causal", "padded"), product((1, 5, 12, 13), (2, 16), (True, False), (True, False)))
+@pytest.mark.parametrize(("n", "leaf", "causal", "padded"), list(product((1, 5, 12, 13), (2, 16), (True, False), (True, False))))
 def test_blocks_as_long_as_what_they_see_are_attention(n: int, leaf: int, causal: bool, padded: bool) -> None:
     q, k, v = heads(n)
     keep = torch.ones(n, n, dtype=torch.bool).tril() if causal else torch.ones(n, n, dtype=torch.bool)

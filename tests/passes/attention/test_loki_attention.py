@@ -15,7 +15,7 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.library import tautomer as ops
 
 
-@pytest.mark.parametrize(("causal", "gather", "padded"), product((True, False), repeat=3))
+@pytest.mark.parametrize(("causal", "gather", "padded"), list(product((True, False), repeat=3)))
 def test_all_keys_are_attention_and_all_dimensions_the_best_keys(causal: bool, gather: bool, padded: bool) -> None:
     n = 12
     q, k, v = (torch.randn(2, h, n, d, dtype=torch.float64) for h, d in ((4, 8), (2, 8), (2, 6)))

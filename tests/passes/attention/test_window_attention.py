@@ -20,7 +20,7 @@ def heads(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@pytest.mark.parametrize(("n", "window", "sinks"), product((1, 7, 16, 17), (1, 3, 4, 20), (0, 2)))
+@pytest.mark.parametrize(("n", "window", "sinks"), list(product((1, 7, 16, 17), (1, 3, 4, 20), (0, 2))))
 def test_blocks_and_the_mask_keep_the_same_scores(n: int, window: int, sinks: int) -> None:
     q, k, v = heads(n)
     at, padding = torch.arange(n), torch.rand(2, 1, 1, n) > 0.3
