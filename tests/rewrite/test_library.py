@@ -164,6 +164,13 @@ class Calls(nn.Module):
         return self.call(x)
 
 
+@pytest.mark.parametrize("op", [op for op in SEMANTIC if op.fake], ids=lambda op: op.name)
+def test_what_stands_for_a_body_has_its_shape_and_strides(op: Any) -> None:
+    found = CALLS[op.name](torch.randn(4, 8, dtype=torch.float64))
+    fake = op.fake(*heads(torch.randn(4, 8, dtype=torch.float64)))
+    assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
 def heads(x: Tensor) -> tuple[Tensor, ...]:
     return tuple(y.view(1, 2, 8, 2) for y in (x, x.sin(), x.cos()))
 
@@ -181,6 +188,12 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
         x[None], x[None].sin(), x[None].cos(), x.exp().view(1, 4, 4, 2), x.tanh().view(1, 4, 4, 2), None, 4, 4, True
     )[0],
     "window_attention.v1": lambda x: tautomer.window_attention.v1(*heads(x), None, 0.3, 3, 1, True),
+    "top_attention.v1": lambda x: tautomer.top_attention.v1(*heads(x), x[:1, :4].view(2, 2, 1), None, 0.3, 3, 0, True),
+    "hyper_attention.v1": lambda x: tautomer.hyper_attention.v1(
+        *heads(x), x[:2, :3], torch.arange(6).view(2, 3), None, 0.3, 2, 2, 16, True
+    ),
+    "nystrom_attention.v1": lambda x: tautomer.nystrom_attention.v1(*heads(x), None, 0.3, 3),
+    "linformer_attention.v1": lambda x: tautomer.linformer_attention.v1(*heads(x), x.view(8, 4), x.sin().view(8, 4), None, 0.3),
 }
 
 

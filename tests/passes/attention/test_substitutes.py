@@ -117,6 +117,7 @@ def test_half_precision_has_the_errors_of_attention(name: str, dtype: torch.dtyp
     assert (y.double() - wanted)[keep].norm() < 4 * torch.finfo(dtype).eps * wanted[keep].norm()
 
 
+@pytest.mark.zoo  # an export takes seconds
 @pytest.mark.parametrize("name", CASES)
 def test_it_runs_on_onnx_runtime_at_other_sizes(name: str, tmp_path: Path) -> None:
     fast, path = copy.deepcopy(substituted(name)).float(), tmp_path / "model.onnx"
