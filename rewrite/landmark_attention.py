@@ -35,7 +35,7 @@ def nystrom_attention(
         first = at[:landmarks]
         short = (q[:, :, first] @ k[:, :, first].mT + bias[..., first]).softmax(-1) @ v[:, :, first]
         y = _through_landmarks(q, k, v, bias, landmarks, iterations)
-        y = torch.where(at.amax() < landmarks, short[:, :, at.clamp(max=landmarks - 1)], y)
+        y = torch.where(at.amax(0) < landmarks, short[:, :, at.clamp(max=landmarks - 1)], y)
     return y.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
