@@ -168,7 +168,8 @@ class Calls(nn.Module):
 def test_what_stands_for_a_body_has_its_shape_and_strides(op: Any) -> None:
     found = CALLS[op.name](torch.randn(4, 8, dtype=torch.float64))
     fake = op.fake(*heads(torch.randn(4, 8, dtype=torch.float64)))
-    assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    strides = ([stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1] for x in (found, fake))
+    assert (found.shape, found.dtype, next(strides)) == (fake.shape, fake.dtype, next(strides))
 
 
 def heads(x: Tensor) -> tuple[Tensor, ...]:
