@@ -118,7 +118,7 @@ def test_half_precision_has_the_errors_of_attention(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.zoo  # an export takes seconds
-@pytest.mark.parametrize("name", ["window", "loki", "linformer"])
+@pytest.mark.parametrize("name", ["window", "loki", "nystrom", "linformer"])
 def test_it_runs_on_onnx_runtime_at_other_sizes(name: str, tmp_path: Path) -> None:
     fast, path = copy.deepcopy(substituted(name)).float(), tmp_path / "model.onnx"
     tautomer.export_onnx(fast, path, (), call(), check=False)
