@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -226,9 +225,9 @@ def wrapped_all(lines: Iterable[str], indent: int) -> list[str]:
 def semantic(used: Iterable[str]) -> list[str]:
     """The functions of the semantic ops that a text uses, as their library has them."""
     lines = list[str]()
-    for name in used:
+    for source in dict.fromkeys(source for name in used for source in SEMANTIC_NAMES[name].sources):
         lines += ["", ""]
-        for line in inspect.getsource(SEMANTIC_NAMES[name].body).rstrip().splitlines():
+        for line in source.rstrip().splitlines():
             indent = " " * (len(line) - len(line.lstrip()))
             lines += textwrap.wrap(line, WIDTH, subsequent_indent=indent) if len(line) > WIDTH else [line]
     return lines

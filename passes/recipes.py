@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -16,11 +16,17 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Pass
 from tautomer.rewrite.streams import AfterDropout
 
+from .attention.hyper_attention import HyperAttention
+from .attention.linformer_attention import LinformerAttention
+from .attention.loki_attention import LokiAttention
 from .attention.merge_parallel_linears import MergeParallelLinears
 from .attention.move_transpose import MoveTranspose
+from .attention.nystrom_attention import NystromAttention
 from .attention.pack_attention import PackAttention
 from .attention.pack_cached_attention import PackCachedAttention
 from .attention.raise_cached_mask import RaiseCachedMask
+from .attention.substitutes import METHODS
+from .attention.window_attention import WindowAttention, WindowMask
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
@@ -188,6 +194,12 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     MergeParallelLinears,
     ApproximateActivations,
     StructureFfn,
+    WindowAttention,
+    WindowMask,
+    LokiAttention,
+    HyperAttention,
+    NystromAttention,
+    LinformerAttention,
 )
 """In no recipe, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)
@@ -281,4 +293,30 @@ class Compile(Recipe):
         return (*raising, MergeEqualExpressions(), DropDeadCode())
 
 
-RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune, Compile)}
+class LongContext(Recipe):
+    """A cheaper form of attention, for sequences that are long: what was written by hand is recognised, and one method applied.
+
+    Args:
+        method: "window", "loki", … (``METHODS``); docs/long_context.md says which represents what, and what each costs.
+        layers, budget: as of ``SubstituteAttention``: which attentions, and how far the outputs may move on ``data``.
+        options: the method's own, ``window=64``.
+
+    Example: ``optimize(model, (), kwargs, recipe=LongContext("window", window=64), data=batches)``
+    """
+
+    name: ClassVar[str] = "long-context"
+
+    def __init__(self, method: str = "window", **options: Any) -> None:
+        if method not in METHODS:
+            raise UsageError(f"there is no method {method!r}", hint=f"one of {', '.join(METHODS)}")
+        try:
+            self.substitute = METHODS[method](**options)
+        except TypeError as wrong:
+            known = ", ".join(field.name for field in fields(METHODS[method]))
+            raise UsageError(f"{method}: {wrong}", hint=f"its options are {known}") from wrong
+
+    def passes(self) -> tuple[Pass, ...]:
+        return (*(kind() for kind in RAISE), self.substitute, *(kind() for kind in CLEANUP))
+
+
+RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune, LongContext, Compile)}

@@ -21,6 +21,8 @@ What everything speaks of:
 
 One vocabulary, and emission in it:
 
+    subset_attention.py    Attention over a subset of the keys
+    landmark_attention.py  Attention through a few landmarks, which stand for segments of the sequence
     library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
     own_gradient.py An op with its own gradient: what it computes, what its backward keeps, and what it makes of that
     lean.py         Ops that compute what stock ops do and keep less of it for the backward
@@ -74,6 +76,8 @@ Facts for rewrites of a whole program:
     diagonal.py     A factor and a shift per channel, and the way to the layers around them
     masks.py        A mask that is computed from sizes alone, as the band it keeps
     projections.py  Where a value comes from through views, and whether two are projections of one tensor
+    attentions.py   The attentions of a program: what each one reads, and what its mask is made of
+    beside.py       New nodes beside old ones, in a copy of a program: what they would compute, on data
     parallel.py     Linear layers that read one tensor: q, k and v, or gate and up
     selection.py    Which rewrites to apply together: a minimum cut
     dominators.py   The smallest part of a program with one way in and one way out

@@ -5,7 +5,7 @@ One call at a time: a pass keeps a sum or a maximum, never the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,25 +52,39 @@ class Data:
             UsageError: there is no call, one does not fit the captured model (says which), or ``calls`` was an iterator that
                 is spent.
         """
-        if self._spent:
-            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
-        calls = iter(self.calls)
-        self._spent = calls is self.calls
-        wanted, inputs, count = set(nodes), expected(program), 0
+        wanted = set(nodes)
 
         def observe(node: fx.Node, value: Any) -> None:
             if node in wanted:
                 see(node, value)
 
+        return self._run((program,), lambda inputs, outputs: None, observe)
+
+    @torch.no_grad()
+    def outputs(self, programs: Sequence[Program], see: Callable[[Sequence[Any], list[tuple[Any, ...]]], None]) -> int:
+        """Run programs with one signature on every call: ``see(flat inputs, [flat outputs of each])``.
+
+        Returns, raises: as ``watch``.
+        """
+        return self._run(programs, see)
+
+    def _run(self, programs: Sequence[Program], see: Callable[..., None], observe: Observer | None = None) -> int:
+        if self._spent:
+            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
+        calls = iter(self.calls)
+        self._spent = calls is self.calls
+        inputs, count = expected(programs[0]), 0
         for count, call in enumerate(calls, 1):
             self.tell(f"calibrating on call {count}")
-            flat = self._bound(program, inputs, call, count - 1)
+            flat = self._bound(programs[0], inputs, call, count - 1)
             try:
-                interpret(program, flat, observe=observe, noise=False)
+                found = [interpret(program, flat, observe=observe, noise=False) for program in programs]
             except TautomerError:
                 raise
             except Exception as failure:
-                raise UsageError(f"data[{count - 1}]: {program.name} fails on it: {str(failure).splitlines()[0]}") from failure
+                problem = str(failure).splitlines()[0]
+                raise UsageError(f"data[{count - 1}]: {programs[0].name} fails on it: {problem}") from failure
+            see(flat, found)
         if not count:
             raise UsageError("data holds no call", hint="a list or a DataLoader of example inputs")
         return count

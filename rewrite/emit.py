@@ -212,6 +212,12 @@ class GraphOps(Ops):
             Apply(in_place_of, (self.program.weights.measured(parent + dot + name, value), Leaf(leaf))),
             value_of(old).new_empty(value.shape),
         )
+    def tensor(self, name: str, value: Tensor, like: fx.Node, trains: bool = False) -> fx.Node:
+        """A tensor that the rewrite brings along, on the device of ``like``: a buffer, or a new parameter that ``trains``."""
+        value = value.detach().to(value_of(like).device)
+        leaf = self.program.weights.measured(name, value.requires_grad_(trains), trains)
+        fake = value_of(like).new_empty(value.shape, dtype=value.dtype).requires_grad_(trains)
+        return self._enter(Derived(leaf, fake), leaf.name)
 
     def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.

@@ -279,7 +279,7 @@ class _Engine:
 
     def refuse_second_copies(self, op: GraphOps, roots: tuple[fx.Node, ...]) -> None:
         """A matrix is not stored twice for one of its readers' sake."""
-        large = [weight for name in op.staged if (weight := self.program.weights[name]).meta.ndim >= 2]
+        large = [weight for name in op.staged if (weight := self.program.weights[name]).edited and weight.meta.ndim >= 2]
         if not large:
             return
         gone, seen = dying(roots), set[str]()
@@ -333,12 +333,13 @@ def _settle(created: Iterable[fx.Node], matched: Sequence[fx.Node]) -> None:
 
 
 def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps], Sequence[fx.Node]],
-               editor: Editor, context: Context, at: fx.Node | None = None, copies: bool = False) -> None:  # fmt: skip
+               editor: Editor, context: Context, at: fx.Node | None = None, copies: bool = False,
+               note: Callable[[GraphOps], str] = lambda op: "") -> None:  # fmt: skip
     """Let what ``emit`` makes stand for ``old``, one for one: an application of a pass that is no rule.
 
     New nodes stand before the first of ``old``, unless ``emit`` moves the anchor. The same transaction as of a rule: if
-    anything speaks against it, nothing has changed. It is recorded at ``at``, by default the first of ``old``. With ``copies``,
-    a matrix that has other readers may be stored once more.
+    anything speaks against it, nothing has changed. It is recorded at ``at``, by default the first of ``old``, with the
+    ``note`` of what was emitted. With ``copies``, a matrix that has other readers may be stored once more.
 
     Raises:
         Refused: a reader downstream could not run, a matrix would be stored twice, or the claim does not hold here.
@@ -352,7 +353,9 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
             engine.refuse_second_copies(op, before)
         new = Region(tuple(op.created), after, {})
         # Both sides start where the new one does.
-        error = hold(rewrite.claim, region_between(before, set(new.inputs), {}), new, editor) if context.check else None
+        region = region_between(before, set(new.inputs), {})
+        # What is no equality is measured on the whole program: on random numbers it would say nothing.
+        error = hold(rewrite.claim, region, new, editor) if context.check and rewrite.claim.exact else None
     except ClaimBroken as broken:
         op.rollback()
         raise Refused(broken.what) from broken
@@ -360,7 +363,8 @@ def substitute(rewrite: Pass, old: Sequence[fx.Node], emit: Callable[[GraphOps],
         op.rollback()
         raise
     others = ", ".join(place(node) for node in before if node is not (at or before[0]))
-    context.applied(rewrite, at or before[0], f"with {others}" if others else "", error)
+    told = filter(None, (f"with {others}" if others else "", note(op)))
+    context.applied(rewrite, at or before[0], "; ".join(told), error)
     engine.commit(op, before, after, overlay)
 
 

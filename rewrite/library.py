@@ -10,13 +10,18 @@ torch.compile's disk cache knows an op by its name alone. Whoever changes a body
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .landmark_attention import linformer_attention, nystrom_attention
+from .subset_attention import hyper_attention, top_attention, window_attention
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,36 @@ class Semantic:
     Attributes:
         schema: name with its version, arguments, results.
         body: what it computes.
+        fake: its result without the values, for a body that asks PyTorch about sizes; by default the body says.
     """
 
     schema: str
     body: Callable[..., Any]
+    fake: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
         return self.schema.partition("(")[0]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The texts of the functions of its file that the body calls, and of the body itself."""
+        found, stack = set[FunctionType](), [self.body]
+        while stack:
+            function = stack.pop()
+            if isinstance(function, FunctionType) and function.__module__ == self.body.__module__ and function not in found:
+                found.add(function)
+                named = [function.__globals__.get(name) for name in _names(function.__code__)]
+                stack += [other for other in named if isinstance(other, FunctionType)]
+        ordered = sorted(found, key=lambda function: (function is self.body, function.__code__.co_firstlineno))
+        return tuple(map(inspect.getsource, ordered))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def crms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -149,6 +176,12 @@ def packed_attention(
     return y.transpose(1, 2).flatten(2)
 
 
+def heads_last(query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """[batch, heads, n, e], its heads side by side in memory, as attention returns it."""
+    batch, heads, n, _ = query.shape
+    return query.new_empty(batch, n, heads, value.shape[-1]).transpose(1, 2)
+
+
 def _apart(x: Tensor, heads: int) -> Tensor:
     """[batch, t, heads * d] → [batch, heads, t, d]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)
@@ -231,8 +264,41 @@ SEMANTIC = (
         cached_attention,
     ),
     Semantic("block_linear.v1(Tensor x, Tensor blocks) -> Tensor", block_linear),
+    Semantic(
+        "window_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int window, int sinks=0, "
+        "bool causal=False, bool blocks=True) -> Tensor",
+        window_attention,
+        heads_last,
+    ),
+    Semantic(
+        "top_attention.v1(Tensor query, Tensor key, Tensor value, Tensor rotation, Tensor? mask, float scale, int "
+        "count, int of=0, bool causal=False, bool gather=True) -> Tensor",
+        top_attention,
+        heads_last,
+    ),
+    Semantic(
+        "hyper_attention.v1(Tensor query, Tensor key, Tensor value, Tensor planes, Tensor draws, Tensor? mask, float scale, "
+        "int block, int leaf, int longest, bool causal=False) -> Tensor",
+        hyper_attention,
+        heads_last,
+    ),
+    Semantic(
+        "nystrom_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int landmarks, int "
+        "iterations=6) -> Tensor",
+        nystrom_attention,
+        heads_last,
+    ),
+    Semantic(
+        "linformer_attention.v1(Tensor query, Tensor key, Tensor value, Tensor E, Tensor F_, Tensor? mask, float scale) "
+        "-> Tensor",
+        linformer_attention,
+        heads_last,
+    ),
 )
 """Every op of the namespace ``tautomer``."""
+
+FAKES = {f"tautomer.{op.name}": op.fake for op in SEMANTIC if op.fake is not None}
+"""What stands for a body where only shapes are asked for."""
 
 _LIBRARY: Any = torch.library.Library("tautomer", "FRAGMENT")  # type: ignore[no-untyped-call]  # ops live as long as this
 for _op in SEMANTIC:

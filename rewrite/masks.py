@@ -66,6 +66,12 @@ class Band:
         """Whether every position sees itself."""
         return (self.left is None or self.left >= 0) and (self.right is None or self.right >= 0)
 
+    def __and__(self, other: Band) -> Band:
+        """What both keep."""
+        sides = ((self.left, other.left), (self.right, other.right))
+        left, right = (min((x for x in side if x is not None), default=None) for side in sides)
+        return Band(left, right, other.sizes or self.sizes)
+
     def __str__(self) -> str:
         if self.full:
             return "full"
@@ -221,6 +227,17 @@ def size_region(node: fx.Node, weights: Weights) -> list[fx.Node]:
             require(is_pure(at.target) and not at.meta.get("tautomer_mutated"), f"the mask depends on '{at.name}'")
         stack.extend(operand for operand in at.all_input_nodes if not (_reads_shape_alone(at) and operand is at.args[0]))
     return sorted(found)
+
+
+def inputs_of(node: fx.Node) -> list[fx.Node]:
+    """The input tensors whose values ``node`` depends on."""
+    found, stack = set[fx.Node](), [node]
+    while stack:
+        at = stack.pop()
+        if at not in found:
+            found.add(at)
+            stack.extend(operand for operand in at.all_input_nodes if not (_reads_shape_alone(at) and operand is at.args[0]))
+    return sorted(at for at in found if at.op == "placeholder" and isinstance(at.meta.get("val"), Tensor))
 
 
 _SHAPE_ALONE = frozenset({

@@ -125,6 +125,11 @@ TABLE = (
     Op("packed_attention", tautomer.packed_attention.v1),
     Op("cached_attention", tautomer.cached_attention.v1),
     Op("block_linear", tautomer.block_linear.v1),
+    Op("window_attention", tautomer.window_attention.v1),
+    Op("top_attention", tautomer.top_attention.v1),
+    Op("hyper_attention", tautomer.hyper_attention.v1),
+    Op("nystrom_attention", tautomer.nystrom_attention.v1),
+    Op("linformer_attention", tautomer.linformer_attention.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
 CONVOLUTIONS = (

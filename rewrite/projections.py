@@ -45,6 +45,29 @@ def projected(a: fx.Node, b: fx.Node) -> bool:
     return both and origin(_source(first)) is origin(_source(second))
 
 
+def common_source(*values: fx.Node) -> bool:
+    """Whether values are made of one tensor, each by a product of its own and what is done to it after: q, k and v.
+
+    Inputs of the program may be that, for all it knows.
+    """
+    found = {_made_of(value) for value in values}
+    return len(found) == 1 or all(node.op == "placeholder" for node in found)
+
+
+def _made_of(value: fx.Node) -> fx.Node:
+    """The tensor that the last product before ``value`` reads: behind norms, rotary embeddings, scales, an older cache."""
+    while value.op == "call_function":
+        joined = value.target is aten.cat.default
+        operands = [x for x in value.all_input_nodes if x.op != "get_attr"]
+        first = next(iter(operands[-1:] if joined else operands), None)
+        if first is None:
+            return value
+        if value.target in _PRODUCTS:
+            return origin(first)
+        value = first
+    return value
+
+
 def _source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)

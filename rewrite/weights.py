@@ -171,7 +171,7 @@ class Weights:
             return known
         sources = [self._origin[leaf] for leaf in leaves(expression)]
         trains = any(source.requires_grad for source in sources) and meta.dtype.is_floating_point
-        kind: Kind = "parameter" if any(source.kind == "parameter" for source in sources) else "buffer"
+        kind: Kind = "parameter" if any(source.kind == "parameter" or source.requires_grad for source in sources) else "buffer"
         persistent = any(source.persistent for source in sources)
         unique, count = name, 0
         while unique in self.entries:
@@ -181,14 +181,17 @@ class Weights:
         self._staged[expression] = unique
         return unique
 
-    def measured(self, name: str, value: Tensor) -> Leaf:
-        """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself."""
+    def measured(self, name: str, value: Tensor, trains: bool = False) -> Leaf:
+        """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself.
+
+        With ``trains``, what reads it is a new parameter.
+        """
         unique, count = name, 0
         while unique in self.leaves or unique in self.entries:
             count += 1
             unique = f"{name}_{count}"
         self.leaves[unique] = value
-        self._origin[unique] = Weight(unique, Leaf(unique), value, "measured")
+        self._origin[unique] = Weight(unique, Leaf(unique), value, "measured", requires_grad=trains)
         return Leaf(unique)
 
     def rename(self, old: str, new: str) -> None:
@@ -218,7 +221,7 @@ class Weights:
             if not weight.persistent:
                 continue
             if not weight.edited:
-                mapped[name] = self.leaves[name] if weight.kind == "measured" else state[name]
+                mapped[name] = self.leaves[name] if self._origin[name].kind == "measured" else state[name]
                 continue
             value = evaluate(weight.expression, lambda leaf: promote(state.get(leaf, self.leaves[leaf]).detach(), torch.float64))
             mapped[name] = value.to(weight.meta.dtype).contiguous()
@@ -255,7 +258,7 @@ class Weights:
                     f"'{name}' has no original any more: {expression} gives it back with an error of {error:.1e} only"
                 )
         original: OrderedDict[str, Tensor] = OrderedDict()
-        for name in (name for name, weight in self._origin.items() if weight.persistent):
+        for name in (name for name, weight in self._origin.items() if weight.persistent and weight.kind != "measured"):
             solved = found.get(name)
             original[name] = self.leaves[name].detach() if solved is None else solved.to(self.leaves[name].dtype).contiguous()
             if name in kept:

@@ -182,3 +182,47 @@ def test_attention_written_by_hand_keeps_no_square_of_the_length():
     before, after = (tautomer.saved_tensors(m, (x,)) for m in (model, tautomer.optimize(model, (x,), recipe="finetune")))
     square = 4 * 3 * 2 * 50 * 50
     assert any(t.bytes == square for t in before.tensors) and not any(t.bytes >= square for t in after.tensors)
+
+
+class Decoder(nn.Module):
+    """Attention written by hand, twice, over one stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+
+    def forward(self, x):
+        below = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        for layer in self.layers:
+            q, k, v = layer(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            y = (q @ k.mT / 2).masked_fill(~below, -torch.inf).softmax(-1) @ v
+            x = x + y.transpose(1, 2).flatten(2)
+        return x
+
+
+def test_long_context_replaces_attentions_within_a_budget_on_data():
+    model, data = Decoder().double().eval(), [torch.randn(2, 16, 8, dtype=torch.float64) for _ in range(2)]
+    free = tautomer.optimize(model, (data[0],), recipe=tautomer.LongContext("window", window=4, sinks=0), data=data)
+    assert free.report.fired("window-attention") == 2
+    assert all("off by 0." in a.note for a in free.report.applications if a.rewrite == "window-attention")
+    (moved,) = (float(note.text.split("KL of ")[1].split()[0]) for note in free.report.notes)
+    with torch.no_grad():
+        wanted = [(model(x).log_softmax(-1), free(x).log_softmax(-1)) for x in data]
+    kl = sum((p.exp() * (p - q)).sum(-1).mean() for p, q in wanted) / 2
+    assert moved == pytest.approx(float(kl), rel=1e-2)
+
+    recipe = tautomer.LongContext("window", window=4, sinks=0, budget=0.9 * moved)
+    less = tautomer.optimize(model, (data[0],), recipe=recipe, data=data)
+    assert less.report.fired("window-attention") == 1
+    (reason,) = (refusal.reason for refusal in less.report.refusals if refusal.rewrite == "window-attention")
+    assert "more than the budget of" in reason and "(alone: " in reason
+    unknown = tautomer.optimize(model, (data[0],), recipe=recipe)
+    assert not unknown.report.fired("window-attention")
+    assert "how far the outputs move is not known" in str(unknown.report)
+
+
+def test_a_method_or_an_option_that_is_not_there_is_named():
+    with pytest.raises(UsageError, match="there is no method 'windw'"):
+        tautomer.LongContext("windw")
+    with pytest.raises(UsageError, match="unexpected keyword argument 'wnd'"):
+        tautomer.LongContext("window", wnd=3)

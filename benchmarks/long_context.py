@@ -1,0 +1,149 @@
+"""What a cheaper form of attention costs a trained model, and what it costs itself as sequences grow.
+
+    python benchmarks/long_context.py                                     quality on the shipped model over bytes: minutes
+    python benchmarks/long_context.py --time --longest 32768              time against n: 12 heads of 64, one CPU thread
+    python benchmarks/long_context.py --rows window --batches 2           a small run
+
+Quality: the cross-entropy of the model of examples/byte_lm (4 layers, 128 positions) on sources it was not trained on, every
+attention replaced, nothing trained. Time: medians of calls that alternate with ``scaled_dot_product_attention``, and the exponent
+of n that fits them. A row is a name, a method and its options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+import tautomer
+from tautomer.passes.attention.substitutes import METHODS
+from tautomer.rewrite.attentions import Masking
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from train_byte_lm import SHIPPED, corpus, windows
+
+Row = tuple[str, str, dict[str, Any]]
+QUALITY: tuple[Row, ...] = (
+    ("window 64", "window", {"window": 64, "sinks": 0}),
+    ("window 32", "window", {"window": 32, "sinks": 0}),
+    ("window 16", "window", {"window": 16, "sinks": 0}),
+    ("window 16, 4 sinks", "window", {"window": 16, "sinks": 4}),
+    ("Loki, 1/4 of the keys, d/8", "loki", {"keys": 0.25, "rank": 4, "gather": False}),
+    ("Loki, 1/8 of the keys, d/4", "loki", {"keys": 0.125, "rank": 8, "gather": False}),
+    ("HyperAttention, leaf 64, block 16, 16 samples", "hyper", {"leaf": 64, "block": 16, "samples": 16}),
+    ("HyperAttention, leaf 32, block 16, 16 samples", "hyper", {"leaf": 32, "block": 16, "samples": 16}),
+)
+TIME: tuple[Row, ...] = (
+    ("window 256, 4 sinks", "window", {}),
+    ("HyperAttention", "hyper", {}),
+    ("Nyström, 64 landmarks", "nystrom", {}),
+    ("Linformer, 64 slots", "linformer", {"longest": 65536}),
+    ("Loki, gathered", "loki", {"keys": 256, "rank": 16}),
+)
+
+
+@torch.no_grad()
+def cross_entropy(model: Callable[[Tensor], Any], data: Sequence[Tensor]) -> float:
+    """Nats per byte."""
+    losses = [F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() for ids in data]
+    return statistics.fmean(losses)
+
+
+def quality(rows: Sequence[Row], batches: int) -> None:
+    model = GPT2LMHeadModel.from_pretrained(SHIPPED, dtype=torch.float32).eval()
+    model.config.use_cache = False
+    measured = list(windows(corpus(held_out=True), batches, 64, seed=1))
+    calibration = list(windows(corpus(held_out=False), 2, 32, seed=2))
+    dense = cross_entropy(model, measured)
+    print(f"{len(measured) * 64} windows of 128 bytes\n\n| form | nats per byte | over attention | KL |\n|---|---|---|---|")
+    print(f"| attention | {dense:.4f} | – | – |")
+    for name, method, options in rows:
+        recipe = tautomer.LongContext(method, **options)
+        fast = tautomer.optimize(model, (calibration[0][:2],), recipe=recipe, data=calibration)
+        assert fast.report.fired(recipe.substitute.name) == 4, fast.report
+        moved = next(note.text.split("KL of ")[1].split()[0] for note in fast.report.notes if "KL of" in note.text)
+        loss = cross_entropy(fast, measured)
+        print(f"| {name} | {loss:.4f} | {loss - dense:+.4f} | {moved} |", flush=True)
+
+
+class Core(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+@torch.no_grad()
+def time(rows: Sequence[Row], longest: int, repeats: int) -> None:
+    lengths = [2**i for i in range(10, longest.bit_length())]
+    print(
+        f"medians of {repeats} alternating calls in milliseconds, 12 heads of 64, float32, {torch.get_num_threads()} thread(s)\n"
+    )
+    print("| form | " + " | ".join(map(str, lengths)) + " | exponent |\n|---" * 1 + "|---" * (len(lengths) + 1) + "|")
+    for name, method, options in rows:
+        causal = Masking.CAUSAL in METHODS[method].represents
+        example = tuple(torch.randn(1, 12, 1024, 64) for _ in range(3))
+        core = Core(causal).eval()
+        rewrite = METHODS[method](**options)
+        fast = tautomer.optimize(core, example, passes=[rewrite], data=[example], dynamic_shapes=dynamic(), check=False)
+        assert fast.report.fired(rewrite.name) == 1, fast.report
+        found: dict[str, list[float]] = {"attention, causal" if causal else "attention": [], name: []}
+        for n in lengths:
+            q, k, v = (torch.randn(1, 12, n, 64) for _ in range(3))
+            calls = (partial(core, q, k, v), partial(fast, q, k, v))
+            taken = [[seconds(call) for call in calls] for _ in range(repeats + 1)][1:]
+            for row, column in zip(found.values(), zip(*taken, strict=True), strict=True):
+                row.append(1e3 * statistics.median(column))
+        for form, row in found.items():
+            print(f"| {form} | " + " | ".join(f"{x:.1f}" for x in row) + f" | {exponent(lengths, row):.2f} |", flush=True)
+
+
+def dynamic() -> dict[str, Any]:
+    return {name: {2: torch.export.Dim.AUTO} for name in "qkv"}
+
+
+def exponent(lengths: Sequence[int], row: Sequence[float]) -> float:
+    """The slope of log time against log n."""
+    if len(lengths) < 2:
+        return math.nan
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(x) for x in row]).slope
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--time", action="store_true", help="time instead of quality")
+    parser.add_argument("--rows", help="only rows whose name has this in it")
+    parser.add_argument("--batches", type=int, default=16, help="of 64 windows each, for quality")
+    parser.add_argument("--longest", type=int, default=8192, help="the longest sequence, for time")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [row for row in (TIME if options.time else QUALITY) if (options.rows or "").lower() in row[0].lower()]
+    if options.time:
+        time(rows, options.longest, options.repeats)
+    else:
+        quality(rows, options.batches)
+
+
+if __name__ == "__main__":
+    main()

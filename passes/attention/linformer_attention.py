@@ -1,0 +1,61 @@
+"""Let the positions of an attention see a fixed number of slots, each a learned combination of all keys.
+
+    softmax(q kᵀ) v  →  softmax(q (Eᵀ k)ᵀ + log c) (Fᵀ v)          E, F: [longest, slots], parameters
+
+8 n k d operations instead of 4 n² d with k slots, 2 k · longest parameters more. E and F begin as means over segments, c
+positions in each: exact where keys and values are constant in segments, and far off elsewhere. The model must be trained, and
+never sees more than ``longest`` positions.
+
+arXiv:2006.04768 (Linformer), one E and one F for all heads of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tautomer.rewrite.attentions import AttentionSite, Masking
+from tautomer.rewrite.claims import ARCHITECTURE
+from tautomer.rewrite.emit import GraphOps
+from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.rules import dtype, shape
+from tautomer.rewrite.shapes import static
+
+from .substitute_attention import SubstituteAttention, weight_name
+
+
+@dataclass(frozen=True, eq=False)
+class LinformerAttention(SubstituteAttention):
+    """Attention → attention to slots; see the module.
+
+    Attributes:
+        slots: k.
+        longest: the most positions there will ever be.
+    """
+
+    claim = ARCHITECTURE("a position sees combinations of keys that depend on where they stand")
+    paper = "arXiv:2006.04768"
+    represents: ClassVar[Masking] = Masking.PADDING
+    slots: int = 64
+    longest: int = 512
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= self.longest:
+            raise UsageError(f"{self.slots} slots for {self.longest} positions", hint="1 ≤ slots ≤ longest")
+
+    def check(self, site: AttentionSite) -> None:
+        super().check(site)
+        n = static(shape(site.query)[-2])
+        require(n is None or n <= self.longest, f"its {n} positions are more than the {self.longest} that E and F are made for")
+        boolean = all(dtype(part.node) is torch.bool for part in site.padding)
+        require(boolean, "padding is added to its scores as numbers, for which slots have no place: make the mask boolean")
+
+    def emit(self, op: GraphOps, site: AttentionSite, fact: Any) -> Any:
+        segments = torch.arange(self.longest)[:, None] * self.slots // self.longest == torch.arange(self.slots)
+        new = (op.tensor(weight_name(site, name), segments.to(dtype(site.key)), site.key, trains=True) for name in "EF")
+        return op.linformer_attention(site.query, site.key, site.value, *new, site.keys_kept(op), site.scale)
+
+    def flops(self, site: AttentionSite, n: int) -> float:
+        return 4.0 * n * self.slots * (site.width + int(shape(site.value)[-1]))

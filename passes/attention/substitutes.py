@@ -1,0 +1,21 @@
+"""The forms that may stand for softmax attention, by the name a user gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .hyper_attention import HyperAttention
+from .linformer_attention import LinformerAttention
+from .loki_attention import LokiAttention
+from .nystrom_attention import NystromAttention
+from .substitute_attention import SubstituteAttention
+from .window_attention import WindowAttention, WindowMask
+
+METHODS: Mapping[str, type[SubstituteAttention]] = {
+    "window": WindowAttention,
+    "window-mask": WindowMask,
+    "loki": LokiAttention,
+    "hyper": HyperAttention,
+    "nystrom": NystromAttention,
+    "linformer": LinformerAttention,
+}
