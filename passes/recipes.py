@@ -21,6 +21,7 @@ from .attention.move_transpose import MoveTranspose
 from .attention.pack_attention import PackAttention
 from .attention.pack_cached_attention import PackCachedAttention
 from .attention.raise_cached_mask import RaiseCachedMask
+from .attention.split_heads import SplitHeads
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
@@ -154,6 +155,7 @@ NORM: tuple[type[Pass], ...] = (
 CHOOSE: tuple[type[Pass], ...] = (
     FuseAddLayerNorm,
     FuseAddRmsNorm,
+    SplitHeads,
     MoveTranspose,
     PackAttention,
     PackCachedAttention,
