@@ -2,9 +2,9 @@
 
     module.__class__ = exchanged(type(module), code, mode)
 
-Its parameters, keys, hooks and identity are untouched. The code is a graph from the one argument of forward over the
-module's own attributes; equal code on equal classes is one class. A module is copied and pickled as its own class and
-the code as data, so that it is read back wherever tautomer is installed.
+Its parameters, keys, hooks and identity are untouched. The code of a leaf is a graph from the one argument of forward over the
+module's own attributes, that of a block what block_code.py says; equal code on equal classes is one class. A module is copied and
+pickled as its own class and the code as data, so that it is read back wherever tautomer is installed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import fx, nn
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode
 
+from .block_text import compiled
 from .graph_data import decode_graph, encode_graph
 from .rewritten import function_of
 
@@ -48,10 +49,11 @@ def exchanged(base: Any, code: str | None, mode: Mode) -> type[nn.Module]:
 
     Args:
         code: the graph, as text; None keeps the code of ``base``.
-        mode: the mode it was proven in: it refuses to compute in the other one.
+        mode: the mode it was proven in: a leaf refuses to compute in the other one, a block does it by its own class's code.
     """
-    forward = base.forward if code is None else _compiled(code, base)
-    if mode != "both":
+    data = None if code is None else json.loads(code)
+    forward = base.forward if data is None else _compiled(data, base)
+    if mode != "both" and not isinstance(data, dict):
         forward = _guarded(forward, base, mode)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -61,8 +63,10 @@ def exchanged(base: Any, code: str | None, mode: Mode) -> type[nn.Module]:
     return type(PREFIX + base.__name__, (base,), members)
 
 
-def _compiled(code: str, base: type[nn.Module]) -> Any:
-    python = decode_graph(json.loads(code)).python_code("self")
+def _compiled(data: Any, base: type[nn.Module]) -> Any:
+    if isinstance(data, dict):
+        return compiled(data, base)
+    python = decode_graph(data).python_code("self")
     return function_of(python.src, "forward", dict(python.globals), base.__name__)
 
 

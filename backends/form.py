@@ -41,11 +41,9 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         if (form := form_of(module)) is None:
             continue
         base, code, mode = form
-        read = {node["target"] for node in json.loads(code or "[]") if node["op"] == "get_attr"}
-        own = module.named_parameters(recurse=False)
-        frozen = [name for name, parameter in own if code and name not in read and not parameter.requires_grad]
-        entry = {"path": path, "class": _name(base), "mode": mode, "frozen": frozen}
-        modules.append({**entry, "code": None if code is None else json.loads(code)})
+        data = None if code is None else json.loads(code)
+        frozen = _frozen(module, data) if isinstance(data, list) else []
+        modules.append({"path": path, "class": _name(base), "mode": mode, "frozen": frozen, "code": data})
     edits, attention = edits_of(model), NAME in {name for _, name in implementations(model)}
     if not modules and not edits and not attention:
         raise UsageError(f"no module of this {type(model).__name__} was rewritten", hint="tautomer.optimize_ it first")
@@ -60,6 +58,13 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
     return file
+
+
+def _frozen(module: nn.Module, code: list[Any]) -> list[str]:
+    """The parameters that the code of a leaf reads no more and that do not train."""
+    read = {node["target"] for node in code if node["op"] == "get_attr"}
+    own = module.named_parameters(recurse=False)
+    return [name for name, parameter in own if name not in read and not parameter.requires_grad]
 
 
 def load_form(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -125,8 +125,18 @@ def _hand_over(node: fx.Node) -> None:
 
 def exchangeable(program: Program, model: nn.Module, seen: Seen) -> dict[str, nn.Module]:
     """The calls whose code can be exchanged, with their modules; every other node of ``program`` is marked as fixed."""
+    calls, found, reasons = leaf_calls(program, model, seen)
+    for call, reason in reasons.items():
+        for node in calls.nodes[call]:
+            if not _takes_a_neutral_weight(node, calls):
+                node.meta[FIXED] = reason
+    return found
+
+
+def leaf_calls(program: Program, model: nn.Module, seen: Seen) -> tuple[Calls, dict[str, nn.Module], dict[str, str]]:
+    """The calls of ``program``; those that map one tensor to one tensor by a leaf's own code; why the others do not."""
     settle_edges(program, model, seen)
-    calls, found = Calls(program), dict[str, nn.Module]()
+    calls, found, reasons = Calls(program), dict[str, nn.Module](), dict[str, str]()
     for call, nodes in calls.nodes.items():
         path = path_of(nodes[0])
         module = model.get_submodule(path)
@@ -134,17 +144,15 @@ def exchangeable(program: Program, model: nn.Module, seen: Seen) -> dict[str, nn
             _require_own_code(module, path)
             _require_one_tensor(calls, call, module, path, seen)
         except Refused as refusal:
-            for node in nodes:
-                if not _takes_a_neutral_weight(node, calls):
-                    node.meta[FIXED] = str(refusal)
+            reasons[call] = str(refusal)
         else:
             found[call] = module
-    return found
+    return calls, found, reasons
 
 
 def _require_own_code(module: nn.Module, path: str) -> None:
     kind = type(module).__name__
-    require(is_leaf(module), f"it stands in the forward of {kind}, which runs other modules; in place a leaf's code is exchanged")
+    require(is_leaf(module), f"it stands in the forward of {kind}, which runs other modules")
     require("forward" not in vars(module), f"the forward of '{path}' is replaced on the instance, which its class cannot change")
     require(not isinstance(module, torch.jit.ScriptModule), f"'{path}' is a compiled TorchScript module")
     parameters = inspect.signature(type(module).forward).parameters.values()

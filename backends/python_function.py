@@ -125,7 +125,7 @@ def attribute(path: str, owner: Code | None = None) -> Code:
         elif part.isidentifier():
             found = code(found, f".{part}", cost=0)
         else:
-            found = code(found, f'.get_submodule("{part}")', cost=0)
+            found = code(found, ".get_submodule(", literal(part, "path"), ")", cost=0)
     return found
 
 

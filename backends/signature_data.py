@@ -46,7 +46,7 @@ def decode_signature(data: dict[str, Any]) -> Signature:
         UsageError: a class cannot be imported, or a condition is more than arithmetic over sizes.
     """
     for condition in data["conditions"]:
-        _only_arithmetic(condition)
+        only_arithmetic(condition)
     return Signature(
         owner=data["owner"],
         arguments=tuple(_decode_argument(x) for x in data["arguments"]),
@@ -72,7 +72,7 @@ def _decode_argument(data: dict[str, Any]) -> Argument:
     return Argument(data["name"], default, data.get("keyword_only", False))
 
 
-def _only_arithmetic(condition: str) -> None:
+def only_arithmetic(condition: str) -> None:
     """Refuse a condition that does anything but compute with the sizes of ``leaves``: it will be run as code."""
     try:
         tree = ast.parse(condition, mode="eval")

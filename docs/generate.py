@@ -1,4 +1,5 @@
-"""Write the generated tables: the passes, into README.md, and how each rule was tried, into docs/trust.md.
+"""Write the generated tables: the passes, into README.md, how each rule was tried, into docs/trust.md, and what becomes which
+ONNX operator, into docs/onnx.md.
 
 ``--check`` only says whether they are up to date. A row of docs/trust.md is made anew when the source of its rule changed, or
 with ``--all``.
@@ -13,11 +14,13 @@ import sys
 from pathlib import Path
 
 import tautomer
+from tautomer.backends.onnx_table import ROWS
 from tautomer.passes.recipes import PASSES
 from tautomer.rewrite.rules import Rule
 from tautomer.rewrite.trial import DTYPES, examine
 
 README, TRUST = Path(__file__).parent.parent / "README.md", Path(__file__).parent / "trust.md"
+ONNX = Path(__file__).parent / "onnx.md"
 START, END = "<!-- generated: passes -->", "<!-- end of generated -->"
 HEAD = """# How far each rule can be trusted
 
@@ -37,6 +40,31 @@ Rewrites that are no rules, because they must see a whole graph, have no row: th
 These and those are checked again whenever they are applied.
 
 """
+
+
+ONNX_HEAD = """# What becomes which ONNX operator
+
+Written by `docs/generate.py` from `backends/onnx_table.py`. An op without a row is written as torch writes it, an op of tautomer
+without one as what it is made of; so is every op below the opset of its row.
+
+- *provider*: the one whose files have it; "any" stands for all.
+- *runs in*: the dtypes of ONNX Runtime 1.31. For the CPU each was run by the tests. For CUDA they are those that the table takes
+  from ONNX Runtime's documentation: not run here.
+- *measured*: on one CPU thread, at [1, 128, 768], against what the row replaces. Whether a rewrite asks for the op at all is the
+  target's answer, in the report.
+
+"""
+
+
+def onnx() -> str:
+    """The rows of the lowering table as Markdown."""
+    rows = ["| op | provider | opset | form | runs in | measured |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        form = inspect.getdoc(row.translate).partition("\n")[0].partition(" as ")[2].rstrip(".")  # type: ignore[union-attr]
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+        where = "not run here" if row.provider == "cuda" else row.measured
+        rows.append(f"| `{row.op}` | {row.provider or 'any'} | ≥ {row.since} | {form} | {dtypes} | {where} |")
+    return ONNX_HEAD + "\n".join(rows) + "\n"
 
 
 def passes() -> str:
@@ -85,11 +113,11 @@ def main() -> int:
             return 1
     head, rest = text.split(START)
     _, tail = rest.split(END)
-    wanted = {README: f"{head}{START}\n\n{passes()}\n\n{END}{tail}", TRUST: trust(known)}
-    if wanted == {README: text, TRUST: known}:
+    wanted = {README: f"{head}{START}\n\n{passes()}\n\n{END}{tail}", TRUST: trust(known), ONNX: onnx()}
+    if wanted == {README: text, TRUST: known, ONNX: ONNX.read_text() if ONNX.exists() else ""}:
         return 0
     if "--check" in sys.argv:
-        print("README.md or docs/trust.md is out of date: make docs")
+        print("README.md, docs/trust.md or docs/onnx.md is out of date: make docs")
         return 1
     for path, content in wanted.items():
         path.write_text(content)

@@ -27,6 +27,7 @@ from .attention.pack_cached_attention import PackCachedAttention
 from .attention.raise_cached_mask import RaiseCachedMask
 from .attention.substitutes import METHODS
 from .attention.window_attention import WindowAttention, WindowMask
+from .attention.split_heads import SplitHeads
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
@@ -163,6 +164,7 @@ NORM: tuple[type[Pass], ...] = (
 CHOOSE: tuple[type[Pass], ...] = (
     FuseAddLayerNorm,
     FuseAddRmsNorm,
+    SplitHeads,
     MoveTranspose,
     PackAttention,
     PackCachedAttention,

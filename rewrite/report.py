@@ -139,7 +139,7 @@ class Report:
             f"  parameters {self.before.parameters:,} → {self.after.parameters:,}, "
             f"calls {sum(self.before.ops.values())} → {sum(self.after.ops.values())}"
         ]
-        lines += [f"  {name}: {gain.note}" for name, gain in self.gains.items() if gain.pays]
+        lines += [f"  {name}: {gain.note}" for name, gain in self.gains.items() if gain.pays and self.fired(name)]
         if self.evidence is not None:
             lines += _answered_for(self.evidence)
         elif self.log.applications:

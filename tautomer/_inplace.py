@@ -18,28 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tautomer.backends.correspondence import Fault
 from tautomer.backends.exchange import form_of
 from tautomer.backends.guard import edits_of
 from tautomer.backends.hugging_face import NAME, implementations, restore_attention, runs_eager, set_attention
 from tautomer.backends.module_calls import exchangeable, watch
 from tautomer.backends.rewritten import Rewritten
-from tautomer.backends.to_module import Edit, plan, written
-from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
-from tautomer.passes.cleanup.name_weights import NameWeights
+from tautomer.backends.to_module import plan, written
 from tautomer.passes.raise_.raise_attention import RaiseAttention
 from tautomer.passes.recipes import FOLD, Recipe
 from tautomer.rewrite.claims import Claim
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import CaptureError, ClaimBroken, UsageError
-from tautomer.rewrite.pass_base import Application, Context, Log, Note, Pass, Refusal
-from tautomer.rewrite.pipeline import Outcome, claim_of, run_passes
+from tautomer.rewrite.pass_base import Context, Log, Note, Pass
+from tautomer.rewrite.pipeline import claim_of
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.target import Target
 from tautomer.rewrite.weights import Weights, marked
 
+from ._blocks import Blocks
 from ._front import Progress, _check_entry, _entries, _passes, _progress, _recipe, _report, _target, capture
+from ._settle import LAST, Job
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,12 @@ def optimize_(
     """Rewrite a model in place: its class, keys, hooks, ``generate``, ``save_pretrained`` and wrappers stay what they are.
 
     Weights are overwritten, and leaf modules (a norm, an activation, a layer scale) get new code as subclasses of their own
-    classes. A weight that a rewrite consumed stays under its key and does nothing: the state dict is right for the original
-    classes too, so ``save_pretrained`` → ``from_pretrained`` gives a model of the original form with the same answers.
-    ``tautomer.save_form`` and ``load_form`` carry the new form over. The other way the edits are missing, so a state dict of the
-    original model is refused: load ``done.from_original(state_dict)``.
+    classes. What no leaf can say becomes the forward of a subclass of the class of the block around it: it calls the leaves that
+    it did not change, and leaves every call that was not captured to the class itself. A weight that a rewrite consumed stays
+    under its key and does nothing: the state dict is right for the original classes too, so ``save_pretrained`` →
+    ``from_pretrained`` gives a model of the original form with the same answers. ``tautomer.save_form`` and ``load_form`` carry
+    the new form over. The other way the edits are missing, so a state dict of the original model is refused: load
+    ``done.from_original(state_dict)``.
 
     Attention that a Hugging Face model runs eagerly goes through the model's registry of attention functions; where it drops
     out or returns probabilities it is the model's own still.
@@ -149,21 +150,39 @@ def optimize_(
         seconds = perf_counter() - start
         tell("rewriting and checking")
         ordered = chosen if recipe.live else _named(chosen)
-        job = _Job(model, captured, modules, ordered, context, where if passes is None else None)
+        ask = where if passes is None else None
+        job = Job(captured, ordered, context, ask, functools.partial(plan, captured, model=model, modules=modules))
         program, outcome, edit = job.settle(check)
         outcome.log.applications[:0], outcome.log.refusals[:0] = log.applications, log.refusals
+        outcome.log.notes += [Note("optimize_", name, _UNREAD) for name in edit.unread]
         tell("measuring")
         report = _report(original, program, where, outcome, seconds)
         tell("editing")
         before = undo.enter_context(written(model, edit, captured.mode))
         weights = Weights({**edit.weights.leaves, **before}, edit.weights.entries)
+        reference, blocks = original.copy(), Blocks(model, captured, chosen, context, ask, check)
+        reference.weights.leaves.update(before)
+        blocks.write(outcome, undo.enter_context(_unless_it_raises()))
         if check and outcome.log.applications:
-            reference, claim = original.copy(), claim_of(outcome.log.applications, chosen)
-            reference.weights.leaves.update(before)
-            _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
+            claim = claim_of(outcome.log.applications, chosen)
+            edited = _compare(model, reference, (args, kwargs, dynamic_shapes), claim)
             outcome.log.notes.extend(_stock(reference, weights, claim))
+            if blocks.written:
+                tell("measuring")
+                report = _report(reference, edited, where, outcome, seconds)
     names = {module: name for name, module in model.named_modules()}
-    return Rewriting(report, weights, tuple(names[module] for module in edit.code), edits_of(model))
+    return Rewriting(report, weights, (*(names[module] for module in edit.code), *blocks.written), edits_of(model))
+
+
+@contextlib.contextmanager
+def _unless_it_raises() -> Iterator[contextlib.ExitStack]:
+    """A stack of what to take back if the body raises."""
+    with contextlib.ExitStack() as undo:
+        yield undo
+        undo.pop_all()
+
+
+_UNREAD = "part of other weights now: it does nothing, and does not train"
 
 
 def fold_(
@@ -181,7 +200,8 @@ def fold_(
     Args: as of ``optimize_``.
 
     Raises:
-        UsageError: no module of it was rewritten. CaptureError, ClaimBroken: as of ``optimize_``.
+        UsageError: no module of it was rewritten, or an adapter was attached to one afterwards.
+        CaptureError, ClaimBroken: as of ``optimize_``.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
@@ -192,6 +212,14 @@ def fold_(
         >>> torch.allclose(block[0].weight.mean(0), torch.zeros(8), atol=1e-6)
         True
     """
+    for path, module in model.named_modules():
+        base = getattr(module, "base_layer", None)  # where peft keeps what it adapts
+        others = (inner for inner in module.modules() if inner is not base)
+        if isinstance(base, nn.Module) and (form_of(base) or (0, None))[1] and not any(map(form_of, others)):
+            raise UsageError(
+                f"an adapter was attached to '{path}' after it was rewritten: what it adds to the layer is not edited",
+                hint="attach adapters before optimize_(…, recipe='training'), and they are rewritten too",
+            )
     if not any(form_of(module) for module in model.modules()):
         raise UsageError(
             f"no module of this {type(model).__name__} was rewritten", hint="optimize_(…, recipe='training') it first"
@@ -251,13 +279,9 @@ def _raised(
     return program
 
 
-_LAST = (DropUnusedWeights, NameWeights)
-_LAST_NAMES = {kind.name for kind in _LAST}
-
-
 def _named(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The edit is written under the old names, so the passes that give them always run, last."""
-    return (*(rewrite for rewrite in passes if not isinstance(rewrite, _LAST)), *(kind() for kind in _LAST))
+    return (*(rewrite for rewrite in passes if not isinstance(rewrite, LAST)), *(kind() for kind in LAST))
 
 
 def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, mode: str) -> Program:
@@ -270,71 +294,13 @@ def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, mode
     return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One model to rewrite as far as it can be written back."""
-
-    model: nn.Module
-    captured: Program
-    modules: Mapping[str, nn.Module]
-    passes: tuple[Pass, ...]
-    context: Context
-    target: Target | None
-
-    def settle(self, check: bool) -> tuple[Program, Outcome, Edit]:
-        """The rewriting without what cannot be written back, each of which is a refusal."""
-        refusals: list[Refusal] = []
-        checked = False
-        while True:
-            program, outcome, edit = self.attempt(refusals, check and checked)
-            if edit.faults:
-                refusals += self.blamed(edit.faults[0], outcome, refusals)
-            elif checked or not check:
-                break
-            else:
-                checked = True
-        for refusal in refusals:
-            outcome.log.refuse(refusal)
-        for name in edit.unread:
-            outcome.log.notes.append(Note("optimize_", name, "part of other weights now: it does nothing, and does not train"))
-        return program, outcome, edit
-
-    def attempt(self, refusals: Sequence[Refusal], check: bool) -> tuple[Program, Outcome, Edit]:
-        program = self.captured.copy()
-        given_up = {refusal.id for refusal in refusals}
-        context = replace(self.context, skip=(*self.context.skip, *given_up), log=Log())
-        passes = [rewrite for rewrite in self.passes if rewrite.name not in given_up]
-        outcome = run_passes(passes, program, context, target=self.target, check=check)
-        return program, outcome, plan(self.captured, program, self.model, self.modules)
-
-    def blamed(self, fault: Fault, outcome: Outcome, refusals: Sequence[Refusal]) -> list[Refusal]:
-        """The applications to give up for a fault: those at the paths it blames, else all of the last pass it needs."""
-        known = {refusal.id for refusal in refusals}  # a pass that was told to skip these and did not goes as a whole
-        for path in fault.blame:
-            made = [a for a in outcome.log.applications if a.id.partition("@")[2].rpartition("/")[0] == path]
-            found = [a for a in made if a.id not in known]
-            if found:
-                return [_given_up(application, fault) for application in found]
-        names = dict.fromkeys(a.rewrite for a in reversed(outcome.log.applications))
-        wholes = [Refusal(name, name, _sentence(fault)) for name in names if name not in _LAST_NAMES]
-        mends = (w for w in wholes if fault not in self.attempt([*refusals, w], check=False)[2].faults)
-        return [next(mends, wholes[0])]
-
-
-def _given_up(application: Application, fault: Fault) -> Refusal:
-    return Refusal(application.rewrite, application.id, _sentence(fault), application.source)
-
-
-def _sentence(fault: Fault) -> str:
-    return f"it cannot be written back: {fault.reason}"
-
-
-def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> None:
+def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> Program:
     """The edited model, captured once more, against what it was."""
     args, kwargs, dynamic_shapes = call
     try:
         edited = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=reference.mode)
         check_equivalence(reference, edited, claim)
+        return edited
     except ClaimBroken as broken:
         hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
         hint = f"skip={hooked!r}: a hook that changes values is not part of a module's code" if hooked else None

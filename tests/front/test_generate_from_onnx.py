@@ -88,3 +88,44 @@ def test_a_cache_that_counts_in_python_is_refused(tmp_path):
     call = {"input_ids": torch.randint(1, 101, (2, 1)), "past_key_values": cache, "use_cache": True}
     with pytest.raises(ExportError, match=r"counts its steps in Python \(cumulative_length 9 → 10\).*\n.*sliding_window=None"):
         tautomer.export_onnx(model, tmp_path / "m.onnx", (), call)
+
+
+def generate_padded(session, ids, mask, new):
+    """Greedy tokens of a batch of prompts padded on the left, from an empty cache, and the smallest margin."""
+    empty = {
+        x.name: numpy.zeros([len(ids), x.shape[1], 0, x.shape[3]], "float32") for x in session.get_inputs() if "past" in x.name
+    }
+    names = [x.name for x in session.get_outputs()]
+    given, past, seen, margins = ids, empty, ids, []
+    for _ in range(new):
+        positions = numpy.clip(mask.cumsum(1) - 1, 0, None)[:, -given.shape[1] :]
+        feed = {"input_ids": given, "attention_mask": mask, "position_ids": positions, **past}
+        found = dict(zip(names, session.run(None, feed), strict=True))
+        last = found["logits"][:, -1]
+        assert numpy.isfinite(last).all()
+        second, best = numpy.sort(last)[:, -2:].T
+        margins.append((best - second).min())
+        given = last.argmax(1)[:, None]
+        seen, mask = numpy.concatenate([seen, given], 1), numpy.concatenate([mask, numpy.ones_like(given)], 1)
+        past = {name: found[name.replace("past_key_values", "present")] for name in past}
+    return seen, min(margins)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_prompts_of_two_lengths_generate_what_pytorch_generates(make, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    prompts, mask = torch.randint(1, 101, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3], prompts[0, :3] = 0, 0
+    with torch.no_grad():
+        cache = model(prompts[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+    call = {"input_ids": prompts[:, 4:], "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, 4:]}
+    call |= {"past_key_values": cache, "use_cache": True}
+    fast = tautomer.optimize(model, (), call, target="onnxruntime")
+    report = tautomer.export_onnx(fast, tmp_path / "m.onnx", (), call)
+    assert report.error is not None and report.error <= 1e-5 and report.nodes["Attention"] == 3, report
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    found, margin = generate_padded(session, prompts.numpy(), mask.numpy(), 12)
+    wanted = model.generate(prompts, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert margin > 1e-5 and found.tolist() == wanted.tolist()

@@ -58,6 +58,22 @@ def test_class_answers_tokens_and_files(name: str, norms: int, tmp_path: Path) -
     assert torch.equal(answers(stock, call), answers(model, call))
 
 
+@pytest.mark.zoo
+@pytest.mark.parametrize(("name", "norms"), [("llama", 5), ("t5", 12)])
+def test_norms_that_are_written_by_hand(name: str, norms: int, tmp_path: Path) -> None:
+    model, call = ZOO[name]()
+    kind, before, tokens = type(model), answers(model, call), generated(model, call)
+    done = tautomer.optimize_(model, (), call, mode="eval", dynamic_shapes="static")
+    assert done.report.fired("raise-rms-norm") == norms == len(done.modules) and type(model) is kind
+    torch.testing.assert_close(answers(model, call), before, rtol=1e-4, atol=1e-4)
+    assert torch.equal(generated(model, call), tokens)
+    model.save_pretrained(tmp_path)
+    tautomer.save_form(model, tmp_path)
+    again = kind.from_pretrained(tmp_path).eval()
+    tautomer.load_form(again, tmp_path)
+    assert torch.equal(answers(again, call), answers(model, call))
+
+
 FRESH = """
 import sys, torch, transformers, tautomer
 folder = sys.argv[1]

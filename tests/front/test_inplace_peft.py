@@ -84,3 +84,10 @@ def test_an_adapted_model_is_rewritten_for_training_and_keeps_its_trajectory() -
     assert max(abs(a - b) for a, b in zip(steps(original), steps(wrapped), strict=True)) < 1e-12
     ours, theirs = (peft.get_peft_model_state_dict(m) for m in (wrapped, original))
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-10) for name in theirs)
+
+
+def test_an_adapter_that_came_too_late_is_said() -> None:
+    model = gpt2()
+    tautomer.optimize_(model, (), {"input_ids": IDS}, recipe="training", target="inductor", dynamic_shapes="static")
+    with pytest.raises(UsageError, match=r"an adapter was attached to '.*c_proj' after it was rewritten"):
+        tautomer.fold_(adapted(model), (), {"input_ids": IDS})

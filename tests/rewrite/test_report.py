@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tautomer.rewrite.pass_base import Log, Refusal
+from tautomer.rewrite.pass_base import Application, Log, Refusal
 from tautomer.rewrite.report import Report, Size
+from tautomer.rewrite.target import Gain
 
 
 def test_a_shape_in_a_reason_is_no_markup() -> None:
@@ -11,3 +12,10 @@ def test_a_shape_in_a_reason_is_no_markup() -> None:
     log.refuse(Refusal("fold", "fold@cat", "cat([a, b], 1) is [s28, 4]"))
     size = Size(0, 0, {})
     assert "cat([a, b], 1) is [s28, 4]" in str(Report("Model", "eager", log, (), size, size))
+
+
+def test_a_gain_is_told_of_what_fired_alone() -> None:
+    log, size = Log([Application("fuse", "fuse@h.0/add")]), Size(0, 0, {})
+    gains = {name: Gain(True, 2.0, 1.0, f"the gain of {name}") for name in ("fuse", "pack")}
+    text = str(Report("Model", "onnxruntime", log, (), size, size, gains))
+    assert "the gain of fuse" in text and "the gain of pack" not in text
