@@ -276,21 +276,31 @@ def _from_shared(ctx: Any, dz: Tensor | None, centred: bool) -> tuple[Tensor | N
 
 
 def pack(flags: Tensor, bits: int) -> Tensor:
-    """Numbers of some bits, as many in a byte as fit, along the last axis, the first in the lowest bits; the tail of a row is
-    filled with 0."""
-    share = 8 // bits
-    if tail := -flags.shape[-1] % share:
+    """Numbers of 1 or 2 bits, as many in a byte as fit, along the last axis, the first in the lowest bits; the tail of a row is
+    filled with 0.
+
+    The numbers of one byte are the bytes of one word, and one product brings them together in its highest byte.
+    """
+    share, width = 8 // bits, flags.shape[-1]
+    tail = -width % share
+    if isinstance(width, int) and width == 0:
+        return flags.clone()
+    if not isinstance(width, int) or tail:  # a symbolic size is no condition
         flags = torch.cat([flags, flags.new_zeros((*flags.shape[:-1], tail))], -1)
-    packed = flags[..., ::share]
-    for start in range(1, share):
-        packed = packed | flags[..., start::share] << start * bits
-    return packed
+    words = flags.contiguous().view(_WORDS[bits])
+    gather = sum(1 << 8 * (share - 1) - (8 - bits) * k for k in range(share))
+    return (words * gather >> 8 * (share - 1)).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """The first ``width`` numbers of every row of ``pack``."""
-    flags = torch.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -1)
-    return flags.flatten(-2)[..., :width]
+    byte, share = torch.arange(256, device=packed.device), 8 // bits
+    words = sum((byte >> bits * k & (1 << bits) - 1) << 8 * k for k in range(share))
+    assert isinstance(words, Tensor)
+    return words.to(_WORDS[bits])[packed.to(torch.int32)].view(torch.uint8)[..., :width]
+
+
+_WORDS = {1: torch.int64, 2: torch.int32}
 
 
 # -- dropout --------------------------------------------------------------------------------------------------
@@ -306,7 +316,7 @@ def lean_dropout(x: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
     else:
         noise = torch.empty_like(x).bernoulli_(1 - p)  # in the memory order of x: the numbers that dropout draws
         y = x * noise.div(1 - p)
-    flags = (noise != 0).to(torch.uint8)
+    flags = noise.to(torch.uint8)
     return y, pack(flags.reshape(1) if x.ndim == 0 else flags, 1)
 
 
