@@ -64,9 +64,9 @@ class ShareNormOutput(Pass):
             try:
                 layers = require_readers(editor, value)
                 self.require_gain(saved, value, layers)
-                dropped = [x for x in dict.fromkeys(layer.args[0] for layer in layers) if x is not value]
+                dropped = [x for x in dict.fromkeys(map(read_by, layers)) if x is not value]
                 make = partial(emit, value=value, source=source, dropped=dropped, layers=layers)
-                substitute(self, [value, *dropped, *layers], make, editor, context)  # type: ignore[list-item]
+                substitute(self, [value, *dropped, *layers], make, editor, context)
             except Refused as refusal:
                 context.refused(self, value, str(refusal))
 
@@ -75,7 +75,7 @@ class ShareNormOutput(Pass):
         call = value.all_input_nodes[0] if value.args[1:] == (0,) else value
         names = {call.name, *(layer.name for layer in layers)}
         casts = (tensor for tensor in saved.tensors if tensor.kind == "cast" and tensor.node in names)
-        read = (saved.at[str(x)] for x in (value, *(layer.args[0] for layer in layers)) if str(x) in saved.at)
+        read = (saved.at[x.name] for x in (value, *map(read_by, layers)) if x.name in saved.at)
         kept = next(read, None) or next(casts, None)
         require(kept, "nothing of what it returns is kept")
         assert kept is not None
@@ -106,6 +106,11 @@ def require_readers(editor: Editor, value: fx.Node) -> list[fx.Node]:
         raise Refused(f"{refusal}{through}") from None
 
 
+def read_by(layer: fx.Node) -> fx.Node:
+    """What a linear layer reads: the norm, or what a dropout lets through of it."""
+    return layer.all_input_nodes[0]
+
+
 def emit(op: GraphOps, value: fx.Node, source: Source, dropped: Sequence[fx.Node], layers: Sequence[fx.Node]) -> list[fx.Node]:
     """The norm that keeps its output, what is dropped out of it, and every layer on these."""
     x, g, b, eps = source.a, source.p, source.q, source.k
@@ -117,5 +122,5 @@ def emit(op: GraphOps, value: fx.Node, source: Source, dropped: Sequence[fx.Node
         new[old] = made_again(op, old, new)
         call = new[old].args[0]
         sources[old] = replace(shared, bits=op.getitem(call, 1), rate=normal(call)[1])
-    made = [layer_from(op, layer, new[layer.args[0]], sources[layer.args[0]]) for layer in layers]  # type: ignore[index]
+    made = [layer_from(op, layer, new[read_by(layer)], sources[read_by(layer)]) for layer in layers]
     return [*new.values(), *made]
