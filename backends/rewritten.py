@@ -82,6 +82,11 @@ class Rewritten(nn.Module):
             )
         return super().train(mode)
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """The Trainer of Hugging Face asks whether it may pass the number of items to divide the loss by."""
+        return "num_items_in_batch" in self._signature.keywords
+
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         flat = self._binder.bind(args, kwargs)
         check(flat, self._inputs, self._signature.owner)

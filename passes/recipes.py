@@ -40,6 +40,7 @@ from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
 from .memory.lean_activations import LeanActivations
 from .memory.lean_rms_norm import LeanRmsNorm
+from .memory.pack_dropout_masks import PackDropoutMasks
 from .memory.recompute_inputs import RecomputeInputs
 from .memory.share_norm_output import ShareNormOutput
 from .norm.fold_into_readers import FoldIntoReaders
@@ -181,7 +182,7 @@ CLEANUP: tuple[type[Pass], ...] = (
     NameWeights,
 )
 EXACT: tuple[type[Pass], ...] = (*RAISE, *NORM, *CHOOSE, *CLEANUP)
-MEMORY: tuple[type[Pass], ...] = (LeanActivations, LeanRmsNorm, ShareNormOutput, RecomputeInputs)
+MEMORY: tuple[type[Pass], ...] = (PackDropoutMasks, LeanActivations, LeanRmsNorm, ShareNormOutput, RecomputeInputs)
 """What lets the backward keep less, with equal gradients."""
 FOLD: tuple[type[Pass], ...] = (FoldNormShift, *CLEANUP)
 """What is left to do once a model that was trained is only run."""
@@ -269,7 +270,7 @@ class Finetune(Recipe):
         raising = (kind() for kind in RAISE if kind.claim.gradient != "none")
         # Where a norm reads 32 bits and its readers 16, its output is the smaller thing to keep; else either will do.
         shared = (ShareNormOutput(self.autocast),) if self.autocast else ()
-        lean = (LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(self.autocast))
+        lean = (PackDropoutMasks(), LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(self.autocast))
         approximate = () if self.exact else (ApproximateActivations(self.autocast),)
         return (*raising, MergeEqualExpressions(), *lean, *approximate, DropDeadCode())
 

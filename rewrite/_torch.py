@@ -34,6 +34,7 @@ __all__ = [
     "compile_package",
     "copy_input",
     "cpp_compiler",
+    "draws_numbers",
     "erased",
     "fake_mode_of",
     "guards_of",
@@ -115,6 +116,12 @@ def quiet_triton() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def draws_numbers(overload: Any) -> None:
+    """Say of an op that it draws random numbers; ``triton_op`` takes no tags."""
+    overload.tags.append(torch.Tag.nondeterministic_seeded)
+    overload._nondeterministic_seeded = True
 
 
 @contextlib.contextmanager

@@ -151,12 +151,13 @@ _IN_PIECES: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.linear.default: _linear_in_pieces,
     torch.ops.aten.embedding.default: _embedding_in_pieces,
 }
-_DROPOUTS = {torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default, torch.ops.aten.alpha_dropout.default}
 
 
 def _without_noise(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    if target in _DROPOUTS:
-        return (args[0], args[1], False), {}
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
+        if "train" in given:  # a dropout
+            return (), {**given, "train": False}
     if target is torch.ops.aten.scaled_dot_product_attention.default:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         return (), {**dict(zip(names, args, strict=False)), **kwargs, "dropout_p": 0.0}

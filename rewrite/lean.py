@@ -1,11 +1,13 @@
 """Ops that compute what stock ops do and keep less of it for the backward. Each has its own gradient, exact unless it says else.
 
-    linear_from(x, W, b, by, a, p, q, k)    linear(x, W, b), where x = by(a, p, q, k): keeps a, p and q, and computes x again
+    linear_from(x, W, b, by, a, p, q, k)    linear(x, W, b), where x = by(a, p, q, k): keeps a, p and q, and computes x again;
+                                            bits and rate: of a dropout behind it
     lean_activation(u, by)                  an activation of several kernels: keeps u alone
     lean_glu(u, v, by)                      by(u) · v: keeps u and v, not by(u)
     lean_rms_norm(x, g, eps)                keeps x and one number per row
     ms_layer_norm(x, g, b, eps)             also returns y = (x - mean) r, and keeps that, and r, instead of x
     ms_rms_norm(x, g, eps)                  the same of y = x r
+    lean_dropout(x, p, train)               draws what dropout draws, and keeps one bit per entry
     regelu2(u, approximate), resilu2(u)     two bits per entry of u: the gradient is approximate
 
 MS norms and the last two are arXiv:2406.16282. Every backward returns its gradients in the dtypes of the operands.
@@ -97,30 +99,34 @@ def linear_from(
     p: Tensor | None = None,
     q: Tensor | None = None,
     k: float | None = None,
+    bits: Tensor | None = None,
+    rate: float = 0.0,
 ) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def keep_linear_from(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, weight, bias, by, a, p, q, k = inputs
+    x, weight, bias, by, a, p, q, k, bits, rate = inputs
     needs_x, needs_weight, *_ = ctx.needs_input_grad
-    sources = (a, p, q) if needs_weight else (None, None, None)
+    sources = (a, p, q, bits) if needs_weight else (None,) * 4
     ctx.save_for_backward(weight if needs_x else None, *sources)
-    ctx.by, ctx.k, ctx.dtype, ctx.dtypes = by, k, x.dtype, (weight.dtype, bias.dtype if bias is not None else None)
+    ctx.by, ctx.k, ctx.rate = by, k, rate
+    ctx.dtype, ctx.dtypes = x.dtype, (weight.dtype, bias.dtype if bias is not None else None)
 
 
 def linear_from_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, a, p, q = ctx.saved_tensors
+    weight, a, p, q, bits = ctx.saved_tensors
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         dx = dy @ weight.to(ctx.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
     if ctx.needs_input_grad[1]:
-        x = computed(ctx.by, a, p, q, ctx.k).to(ctx.dtype)
+        x = computed(ctx.by, a, p, q, ctx.k)
+        x = (x if bits is None else scaled_by_bits(x, bits, ctx.rate)).to(ctx.dtype)
         dw = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
     if ctx.needs_input_grad[2]:
         db = rows.sum(0).to(ctx.dtypes[1])
-    return dx, dw, db, None, None, None, None, None
+    return dx, dw, db, *(None,) * 7
 
 
 # -- activations and gates ------------------------------------------------------------------------------------
@@ -266,6 +272,80 @@ def _from_shared(ctx: Any, dz: Tensor | None, centred: bool) -> tuple[Tensor | N
     return tuple(None if d is None else d.to(dtype) for d, dtype in zip((*found, db), ctx.dtypes, strict=True))
 
 
+# -- some bits per entry --------------------------------------------------------------------------------------
+
+
+def pack(flags: Tensor, bits: int) -> Tensor:
+    """Numbers of 1 or 2 bits, as many in a byte as fit, along the last axis, the first in the lowest bits; the tail of a row is
+    filled with 0.
+
+    The numbers of one byte are the bytes of one word, and one product brings them together in its highest byte.
+    """
+    share, width = 8 // bits, flags.shape[-1]
+    tail = -width % share
+    if isinstance(width, int) and width == 0:
+        return flags.clone()
+    if not isinstance(width, int) or tail:  # a symbolic size is no condition
+        flags = torch.cat([flags, flags.new_zeros((*flags.shape[:-1], tail))], -1)
+    words = flags.contiguous().view(_WORDS[bits])
+    gather = sum(1 << 8 * (share - 1) - (8 - bits) * k for k in range(share))
+    return (words * gather >> 8 * (share - 1)).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """The first ``width`` numbers of every row of ``pack``."""
+    byte, share = torch.arange(256, device=packed.device), 8 // bits
+    words = sum((byte >> bits * k & (1 << bits) - 1) << 8 * k for k in range(share))
+    assert isinstance(words, Tensor)
+    return words.to(_WORDS[bits])[packed.to(torch.int32)].view(torch.uint8)[..., :width]
+
+
+_WORDS = {1: torch.int64, 2: torch.int32}
+
+
+# -- dropout --------------------------------------------------------------------------------------------------
+
+
+def lean_dropout(x: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
+    if not train or p == 0:
+        return x.clone(), x.new_empty(0, dtype=torch.uint8)
+    if p == 1:
+        noise, y = torch.zeros_like(x), x * 0
+    elif x.is_cuda:
+        y, noise = torch.native_dropout(x, p, True)
+    else:
+        noise = torch.empty_like(x).bernoulli_(1 - p)  # in the memory order of x: the numbers that dropout draws
+        y = x * noise.div(1 - p)
+    flags = noise.to(torch.uint8)
+    return y, pack(flags.reshape(1) if x.ndim == 0 else flags, 1)
+
+
+def lean_dropout_reference(x: Tensor, p: float, train: bool) -> tuple[Tensor, Tensor]:
+    return F.dropout(x, p, train), x.new_empty(0, dtype=torch.uint8)
+
+
+def scaled_by_bits(x: Tensor, bits: Tensor, p: float) -> Tensor:
+    """x where its bit is set, divided by the share 1 - p of these as dropout does, and 0 elsewhere; x if there are no bits."""
+    if bits.shape[-1] == 0 and x.numel() > 0:
+        return x
+    noise = unpack(bits, 1, x.shape[-1] if x.ndim else 1).reshape(x.shape)
+    if x.is_cuda:
+        return aten.native_dropout_backward(x, noise.bool(), 1 / (1 - p) if p < 1 else 0.0)  # type: ignore[no-any-return]
+    return x * (noise.to(x.dtype).div(1 - p) if p < 1 else noise.to(x.dtype))
+
+
+def keep_lean_dropout(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    _, ctx.p, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def lean_dropout_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    (bits,) = ctx.saved_tensors
+    return None if dy is None else scaled_by_bits(dy, bits, ctx.p), None, None
+
+
 # -- two bits per entry ---------------------------------------------------------------------------------------
 
 
@@ -280,25 +360,11 @@ RESILU2 = (
 """a and c of h(u) ≈ Σ a_i max(u - c_i, 0), the best of its form in L2 with Σ a_i = 1 and Σ a_i c_i = 0."""
 
 
-def pack(flags: Tensor) -> Tensor:
-    """Numbers 0 to 3, four in a byte along the last axis, the first in the lowest bits; the tail of a row is filled with 0."""
-    if tail := -flags.shape[-1] % 4:
-        flags = torch.cat([flags, flags.new_zeros((*flags.shape[:-1], tail))], -1)
-    a, b, c, d = (flags[..., start::4] for start in range(4))
-    return a | b << 2 | c << 4 | d << 6
-
-
-def unpack(packed: Tensor, width: int) -> Tensor:
-    """The first ``width`` numbers of every row of ``pack``."""
-    flags = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1)
-    return flags.flatten(-2)[..., :width]
-
-
 def segments(u: Tensor, c: tuple[float, ...]) -> Tensor:
     """[u > c_1] + [u > c_2] + [u > c_3], packed; 0 for NaN."""
     u = u.reshape(1) if u.ndim == 0 else u
     low, middle, high = ((u > x).to(torch.uint8) for x in c)
-    return pack(low + middle + high)
+    return pack(low + middle + high, 2)
 
 
 def step_slope(ctx: Any, dy: Tensor | None, a: tuple[float, ...]) -> Tensor | None:
@@ -308,7 +374,7 @@ def step_slope(ctx: Any, dy: Tensor | None, a: tuple[float, ...]) -> Tensor | No
     (packed,) = ctx.saved_tensors
     wide = _wide(dy)
     steps = torch.tensor((0.0, a[0], a[0] + a[1], 1.0), dtype=wide.dtype, device=dy.device)
-    flags = unpack(packed, dy.shape[-1] if dy.ndim else 1).to(torch.int32)
+    flags = unpack(packed, 2, dy.shape[-1] if dy.ndim else 1).to(torch.int32)
     return (wide * steps[flags].reshape(dy.shape)).to(dy.dtype)
 
 
@@ -336,7 +402,8 @@ def resilu2_backward(ctx: Any, dy: Tensor | None, _: None) -> Tensor | None:
 
 LEAN = (
     OwnGradient(
-        "linear_from.v1", linear_from, keep_linear_from, linear_from_backward, uses=(computed, activated), autocast=True
+        "linear_from.v2", linear_from, keep_linear_from, linear_from_backward,
+        uses=(computed, activated, scaled_by_bits, unpack), autocast=True,
     ),
     OwnGradient(
         "lean_activation.v1", lean_activation, keep_lean_activation, lean_activation_backward, uses=(activated, slope)
@@ -354,8 +421,12 @@ LEAN = (
         "ms_rms_norm.v1", ms_rms_norm, keep_ms_rms_norm, ms_rms_norm_backward, ms_rms_norm_reference,
         (inverse_rms, norm_gradients, shared_dtype, _keep_shared, _from_shared),
     ),
-    OwnGradient("regelu2.v1", regelu2, keep_segments, regelu2_backward, uses=(segments, pack, unpack, step_slope)),
-    OwnGradient("resilu2.v1", resilu2, keep_segments, resilu2_backward, uses=(segments, pack, unpack, step_slope)),
+    OwnGradient(
+        "lean_dropout.v1", lean_dropout, keep_lean_dropout, lean_dropout_backward, lean_dropout_reference,
+        (scaled_by_bits, pack, unpack), random=True,
+    ),
+    OwnGradient("regelu2.v2", regelu2, keep_segments, regelu2_backward, uses=(segments, pack, unpack, step_slope)),
+    OwnGradient("resilu2.v2", resilu2, keep_segments, resilu2_backward, uses=(segments, pack, unpack, step_slope)),
 )  # fmt: skip
 """Every op with its own gradient."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch import below_autocast, quiet_triton
+from ._torch import below_autocast, draws_numbers, quiet_triton
 
 _NAMESPACE = "tautomer"
 _LIBRARY: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]  # lives as long as the ops
@@ -30,13 +30,14 @@ class OwnGradient:
     """One op of the namespace ``tautomer`` that says itself what its backward keeps.
 
     Attributes:
-        name: with its version, "linear_from.v1".
+        name: with its version, "linear_from.v2".
         body: what it computes, in plain torch; its annotations are the schema. No result may be an operand.
         keep: ``keep(ctx, inputs, output)`` puts on ``ctx`` what the backward needs.
         backward: ``backward(ctx, *gradients)`` gives one gradient or None per operand.
         reference: the same results in differentiable torch: what ONNX gets; by default the body.
         uses: functions that the three call, which their version speaks for too.
         autocast: whether it computes in the autocast dtype, as a linear layer does.
+        random: whether it draws random numbers.
     """
 
     name: str
@@ -46,6 +47,7 @@ class OwnGradient:
     reference: Callable[..., Any] | None = None
     uses: tuple[Callable[..., Any], ...] = ()
     autocast: bool = False
+    random: bool = False
 
     @property
     def overload(self) -> Any:
@@ -60,6 +62,8 @@ def define(ops: Sequence[OwnGradient]) -> None:
         for op in ops:
             made: Any = torch.library.triton_op(f"{_NAMESPACE}::{op.name}", op.body, mutates_args=())
             made.register_autograd(_once(op), setup_context=op.keep)
+            if op.random:
+                draws_numbers(op.overload)
             if op.autocast:
                 for device in ("CPU", "CUDA"):
                     _LIBRARY.impl(op.name, _in_autocast_dtype(op, device.lower()), f"Autocast{device}")

@@ -5,6 +5,7 @@ compare → stand_in → erase_dead        nothing has changed until the second 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -75,10 +76,14 @@ def dying(roots: Iterable[fx.Node]) -> set[fx.Node]:
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """Erase those of ``nodes`` that nobody reads, and what nobody reads after that. Inputs and effects stay.
 
-    Others stand for ``nodes`` now, and draw the random numbers that these drew: those that draw go too.
+    Others stand for ``nodes`` now, and draw the random numbers that these drew: those that draw go too, and so does a call whose
+    result one of them is.
     """
     gone, stack = [], list(nodes)
-    replaced = {node for node in stack if node.op == "call_function" and not writes(node)}
+    calls = [node.args[0] if node.target is operator.getitem else node for node in stack]
+    replaced = {
+        node for node in (*stack, *calls) if isinstance(node, fx.Node) and node.op == "call_function" and not writes(node)
+    }
     while stack:
         node = stack.pop()
         if not node.users and not erased(node) and (removable(node) or node in replaced):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ from tautomer.backends.to_package import PackageReport, to_package
 from tautomer.backends.to_python import PythonReport
 from tautomer.backends.to_python import to_python as write_python
 from tautomer.backends.to_torch import as_run, to_torch
-from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Recipe
+from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Finetune, Recipe
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.capture import capture as capture_module
@@ -34,7 +34,7 @@ from tautomer.rewrite.drawing import draw as draw_program
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.evidence import Evidence
-from tautomer.rewrite.pass_base import Context, Log, Pass
+from tautomer.rewrite.pass_base import Context, Log, Note, Pass
 from tautomer.rewrite.pipeline import Outcome, run_passes
 from tautomer.rewrite.program import Program, path_of
 from tautomer.rewrite.report import Report, Size, Timing
@@ -150,7 +150,22 @@ def optimize(
     tell("capturing")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=recipe.mode)
     program.weights.live = recipe.live
-    return _rewrite(program, plan, perf_counter() - start)
+    fast = _rewrite(program, plan, perf_counter() - start)
+    if isinstance(recipe, Finetune) and passes is None and isinstance(model, nn.Module) and not isinstance(model, Rewritten):
+        fast.report.log.notes.extend(_dissolved(model, (args, kwargs or {}), fast, recipe))
+    return fast
+
+
+def _dissolved(model: nn.Module, call: tuple[Any, Any], fast: Rewritten, recipe: Finetune) -> Iterator[Note]:
+    """What a user should know if the model keeps less as it is written: it checkpoints, which no captured graph does."""
+    ours = saved_tensors(fast, *call, autocast=recipe.autocast).bytes
+    written = kept_as_written(model, *call, training=True, autocast=recipe.autocast)
+    if written is not None and written < ours:
+        text = (
+            f"the forward as it is written keeps {written:,} bytes, this one {ours:,}: what it checkpoints is not checkpointed "
+            "here; checkpoint the rewritten module, or rewrite what is not checkpointed"
+        )
+        yield Note(recipe.name, fast.report.model, text)
 
 
 def fold(module: Rewritten, *, check: bool = True) -> Rewritten:

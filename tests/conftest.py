@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # The cache ignores the bodies of custom ops: with it, a test could run yesterday's gradient.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
@@ -50,3 +52,24 @@ def held_out() -> Tensor:
     from train_byte_lm import corpus
 
     return corpus(held_out=True)
+
+
+@pytest.fixture
+def observed() -> Any:
+    """What an eager call keeps for its backward: a function of a model and a call, in bytes."""
+    return _observed
+
+
+def _observed(model: torch.nn.Module, *args: Any, autocast: bool = False, **kwargs: Any) -> int:
+    """The bytes that autograd keeps, each storage once, without parameters."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
+
+    def see(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage())
+        return t
+
+    narrow = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with narrow, torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        model(*args, **kwargs)
+    return sum(s.nbytes() for key, s in kept.items() if key not in own)

@@ -3,17 +3,19 @@
     h = gelu(u), linear(h, W, b) = h, linear_from(h, W, b, "gelu", u)
 
 The gradient of W needs h. The activation before the layer keeps u, and gelu(u) is cheap: the backward computes it again. So do a
-gated unit, which keeps gate and up, and a norm, which keeps its input. The forward does not change. Which storages go is
-asked of the whole program (rewrite/saved.py): an input that something else keeps too stays, and is refused.
+gated unit, which keeps gate and up, and a norm, which keeps its input. A dropout between the two that keeps its bits
+(``pack-dropout-masks``) is made again from these. The forward does not change. Which storages go is asked of the whole program
+(rewrite/saved.py): an input that something else keeps too stays, and is refused.
 
 Liger-Kernel fuses SwiGLU and GEGLU with this saving (arXiv:2410.10989).
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -37,13 +39,20 @@ LINEAR = aten.linear.default
 
 @dataclass(frozen=True)
 class Source:
-    """What a value is computed from, as ``linear_from`` reads it: by(a, p, q, k)."""
+    """What a value is computed from, as ``linear_from`` reads it: by(a, p, q, k), and behind it a dropout.
+
+    Attributes:
+        before: the value that the dropout reads, if it is made again too.
+    """
 
     by: str
     a: fx.Node
     p: fx.Node | None = None
     q: fx.Node | None = None
     k: float | None = None
+    bits: fx.Node | None = None
+    rate: float = 0.0
+    before: fx.Node | None = None
 
     @property
     def tensors(self) -> tuple[fx.Node, ...]:
@@ -68,37 +77,45 @@ class RecomputeInputs(Pass):
         saved, editor = saved_in_training(program, self.autocast), Editor(program)
         for value in reversed(list(program.graph.nodes)):  # names of ``saved`` above a value are then still those of the graph
             layers = [user for user in value.users if user.target is LINEAR and user.args[0] is value]
-            source = source_of(value)
-            if source is None or not layers or not context.admits(self, value):
+            sources = list(sources_of(value))
+            if not sources or not layers or not context.admits(self, value):
                 continue
             try:
                 layers = require_keepers(editor, layers)
-                require_gain(saved, editor, value, source, layers)
-                make = partial(emit, value=value, source=source, layers=layers)
-                substitute(self, [value, *layers], make, editor, context)
+                source = gaining(saved, editor, value, sources, layers)
+                old = [*([source.before] if source.before else []), value]
+                make = partial(emit, old=old, source=source, layers=layers)
+                substitute(self, [*old, *layers], make, editor, context, at=value)
             except Refused as refusal:
                 context.refused(self, value, str(refusal))
 
 
-def emit(op: GraphOps, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> list[fx.Node]:
-    """``value`` made once more, and every layer on it."""
-    new = made_again(op, value)
-    return [new, *(layer_from(op, layer, new, source) for layer in layers)]
+def emit(op: GraphOps, old: Sequence[fx.Node], source: Source, layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """``old``, the last of which is what ``layers`` read, made once more, and every layer on it."""
+    new: dict[fx.Node, fx.Node] = {}
+    for value in old:
+        new[value] = made_again(op, value, new)
+    x = new[old[-1]]
+    if source.rate:
+        source = replace(source, bits=op.getitem(x.args[0], 1))
+    return [*new.values(), *(layer_from(op, layer, x, source) for layer in layers)]
 
 
 def layer_from(op: GraphOps, layer: fx.Node, x: fx.Node, source: Source) -> fx.Node:
     _, W, b = normal(layer)
     op.anchor = op.origin = layer
-    result: fx.Node = op.linear_from(x, W, b, source.by, source.a, source.p, source.q, source.k)
+    dropout = (source.bits, source.rate) if source.rate else ()
+    result: fx.Node = op.linear_from(x, W, b, source.by, source.a, source.p, source.q, source.k, *dropout)
     return result
 
 
-def made_again(op: GraphOps, value: fx.Node) -> fx.Node:
+def made_again(op: GraphOps, value: fx.Node, new: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """A call equal to ``value``, so that the check knows what the input of the layers is made of."""
+    op.anchor = value
     if value.target is not operator.getitem:
-        return again(op, value, {})
+        return again(op, value, new)
     call, index = value.args
-    result: fx.Node = op.getitem(again(op, call, {}), index)  # type: ignore[arg-type]
+    result: fx.Node = op.getitem(again(op, call, new), index)  # type: ignore[arg-type]
     return result
 
 
@@ -112,6 +129,26 @@ _ACTIVATIONS = {
     aten.square.default: "square",
     OPS["quick_gelu"].target: "quick_gelu",
 }
+
+
+def sources_of(value: fx.Node) -> Iterator[Source]:
+    """The ways in which a value can be computed again, the one that reads from furthest away first."""
+    dropped = _dropped(value)
+    if dropped is None:
+        source = source_of(value)
+        yield from [] if source is None else [source]
+        return
+    x, rate, _ = normal(dropped)
+    source = source_of(x)
+    if source is not None:
+        yield replace(source, rate=rate, before=x)
+    yield Source("affine", x, rate=rate)
+
+
+def _dropped(value: fx.Node) -> fx.Node | None:
+    """The dropout that ``value`` is the result of, if it keeps bits."""
+    call = value.args[0] if value.target is operator.getitem and value.args[1] == 0 else None
+    return call if isinstance(call, fx.Node) and call.target is OPS["lean_dropout"].target else None
 
 
 def source_of(value: fx.Node) -> Source | None:
@@ -164,6 +201,21 @@ def trains(editor: Editor, weight: Any) -> bool:
     """Whether ``weight`` gets a gradient, as far as is known: what is computed at run time may."""
     expression = editor.expression(weight)
     return expression is None or any(editor.program.weights.leaves[leaf].requires_grad for leaf in leaves(expression))
+
+
+def gaining(saved: SavedTensors, editor: Editor, value: fx.Node, sources: Sequence[Source], layers: Sequence[fx.Node]) -> Source:
+    """The first of ``sources`` from which computing ``value`` again frees something.
+
+    Raises:
+        Refused: none does; the reason of the last.
+    """
+    *others, last = sources
+    for source in others:
+        with contextlib.suppress(Refused):
+            require_gain(saved, editor, value, source, layers)
+            return source
+    require_gain(saved, editor, value, last, layers)
+    return last
 
 
 def require_gain(saved: SavedTensors, editor: Editor, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> None:

@@ -6,9 +6,10 @@
     dx = r (dy - mean dy - y mean(dy y))        needs y and r, not x;  and z = y g + b
 
 So x goes and y, which has the dtype in which the layers read it (16 bits under autocast), serves all. Gain and shift stay the
-user's parameters: nothing is folded, any optimizer goes its way as before. The same for RMSNorm.
+user's parameters: nothing is folded, any optimizer goes its way as before. The same for RMSNorm, and for an adapter behind a
+dropout that keeps bits (``pack-dropout-masks``).
 
-Only where a layer keeps the norm's output: not if every reader is frozen or reads it through a dropout (which keeps its own
+Only where a layer keeps the norm's output: not if every reader is frozen or reads it through another dropout (which keeps its own
 copy), and not if something else keeps x as well.
 
 arXiv:2406.16282 (MS-LN, MS-RMSNorm).
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -28,12 +30,14 @@ from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.ops import OPS, normal
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, place
 from tautomer.rewrite.saved import SavedTensors, saved_in_training
 
-from .recompute_inputs import LINEAR, Source, layer_from, require_keepers, source_of
+from .recompute_inputs import LINEAR, Source, layer_from, made_again, require_keepers, source_of
 
+LEAN_DROPOUT = OPS["lean_dropout"].target
 _NORMS = ("layer_norm", "rms_norm")
 
 
@@ -60,7 +64,9 @@ class ShareNormOutput(Pass):
             try:
                 layers = require_readers(editor, value)
                 self.require_gain(saved, value, layers)
-                substitute(self, [value, *layers], partial(emit, value=value, source=source, layers=layers), editor, context)
+                dropped = [x for x in dict.fromkeys(map(read_by, layers)) if x is not value]
+                make = partial(emit, value=value, source=source, dropped=dropped, layers=layers)
+                substitute(self, [value, *dropped, *layers], make, editor, context)
             except Refused as refusal:
                 context.refused(self, value, str(refusal))
 
@@ -69,7 +75,8 @@ class ShareNormOutput(Pass):
         call = value.all_input_nodes[0] if value.args[1:] == (0,) else value
         names = {call.name, *(layer.name for layer in layers)}
         casts = (tensor for tensor in saved.tensors if tensor.kind == "cast" and tensor.node in names)
-        kept = saved.at.get(value.name) or next(casts, None)
+        read = (saved.at[x.name] for x in (value, *map(read_by, layers)) if x.name in saved.at)
+        kept = next(read, None) or next(casts, None)
         require(kept, "nothing of what it returns is kept")
         assert kept is not None
         entries = math.prod(kept.shape)
@@ -87,8 +94,10 @@ def require_readers(editor: Editor, value: fx.Node) -> list[fx.Node]:
     Raises:
         Refused: there is none.
     """
-    layers = [user for user in value.users if user.target is LINEAR and user.args[0] is value]
     dropout = next((user for user in value.users if user.target is torch.ops.aten.dropout.default), None)
+    packed = [user for user in value.users if user.target is LEAN_DROPOUT]
+    dropped = [result for call in packed for result in call.users if result.args[1] == 0]
+    layers = [user for x in (value, *dropped) for user in x.users if user.target is LINEAR and user.args[0] is x]
     try:
         require(layers, "no linear layer reads it")
         return require_keepers(editor, layers)
@@ -97,9 +106,21 @@ def require_readers(editor: Editor, value: fx.Node) -> list[fx.Node]:
         raise Refused(f"{refusal}{through}") from None
 
 
-def emit(op: GraphOps, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> list[fx.Node]:
-    """The norm that keeps its output, and every layer on it."""
+def read_by(layer: fx.Node) -> fx.Node:
+    """What a linear layer reads: the norm, or what a dropout lets through of it."""
+    return layer.all_input_nodes[0]
+
+
+def emit(op: GraphOps, value: fx.Node, source: Source, dropped: Sequence[fx.Node], layers: Sequence[fx.Node]) -> list[fx.Node]:
+    """The norm that keeps its output, what is dropped out of it, and every layer on these."""
     x, g, b, eps = source.a, source.p, source.q, source.k
     norm = op.ms_layer_norm(x, g, b, eps) if source.by == "layer_norm" else op.ms_rms_norm(x, g, eps)
     z, y = op.getitem(norm, 0), op.getitem(norm, 1)
-    return [z, *(layer_from(op, layer, z, Source("affine", y, g, b)) for layer in layers)]
+    shared = Source("affine", y, g, b)
+    new, sources = {value: z}, {value: shared}
+    for old in dropped:
+        new[old] = made_again(op, old, new)
+        call = new[old].args[0]
+        sources[old] = replace(shared, bits=op.getitem(call, 1), rate=normal(call)[1])
+    made = [layer_from(op, layer, new[read_by(layer)], sources[read_by(layer)]) for layer in layers]
+    return [*new.values(), *made]

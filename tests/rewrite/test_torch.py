@@ -129,6 +129,20 @@ def test_below_autocast_calls_are_not_cast():
             assert (x @ x).dtype == torch.float32
 
 
+def test_draws_numbers():
+    def draw(x: torch.Tensor) -> torch.Tensor:
+        return x.bernoulli()
+
+    with _torch.quiet_triton():
+        torch.library.triton_op("tautomer_test::draw", draw, mutates_args=())
+    overload = torch.ops.tautomer_test.draw.default
+    _torch.draws_numbers(overload)
+    assert torch.Tag.nondeterministic_seeded in torch.ops.tautomer_test.draw.default.tags
+    graph = torch.fx.Graph()
+    node = graph.call_function(overload, (graph.placeholder("x"),))
+    assert node.is_impure()
+
+
 def test_quiet_triton():
     logger = logging.getLogger("torch._library.triton")
     before = logger.level
