@@ -28,6 +28,7 @@ from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
+from .lowrank.factor_linears import Allocation, FactorLinears
 from .memory.approximate_activations import ApproximateActivations
 from .memory.lean_activations import LeanActivations
 from .memory.lean_rms_norm import LeanRmsNorm
@@ -184,8 +185,9 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FoldNormGain,
     MergeParallelLinears,
     ApproximateActivations,
+    FactorLinears,
 )
-"""In no recipe, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
+"""In no recipe, or only in one that compresses, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
@@ -277,4 +279,31 @@ class Compile(Recipe):
         return (*raising, MergeEqualExpressions(), DropDeadCode())
 
 
-RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune, Compile)}
+@dataclass(frozen=True)
+class Compress(Recipe):
+    """Linear layers of low rank within a budget of parameters: another function, near to the model on ``data``.
+
+    The factors are parameters: the result trains, and a short training recovers most of what was lost.
+
+    Attributes: as of ``FactorLinears``, which says what they mean.
+    """
+
+    name: ClassVar[str] = "compress"
+    ratio: float = 0.6
+    allocation: Allocation = "measured"
+    multiple: int = 8
+    generations: int = 20
+
+    def __post_init__(self) -> None:
+        self._factor()
+
+    def _factor(self) -> FactorLinears:
+        return FactorLinears(
+            self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations
+        )
+
+    def passes(self) -> tuple[Pass, ...]:
+        return (FoldWeights(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())
+
+
+RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune, Compile, Compress)}

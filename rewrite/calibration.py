@@ -5,7 +5,7 @@ One call at a time: a pass keeps a sum or a maximum, never the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,28 +52,38 @@ class Data:
             UsageError: there is no call, one does not fit the captured model (says which), or ``calls`` was an iterator that
                 is spent.
         """
-        if self._spent:
-            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
-        calls = iter(self.calls)
-        self._spent = calls is self.calls
-        wanted, inputs, count = set(nodes), expected(program), 0
+        count, wanted = 0, set(nodes)
 
         def observe(node: fx.Node, value: Any) -> None:
             if node in wanted:
                 see(node, value)
 
-        for count, call in enumerate(calls, 1):
-            self.tell(f"calibrating on call {count}")
-            flat = self._bound(program, inputs, call, count - 1)
+        for count, flat in enumerate(self.each(program), 1):
             try:
                 interpret(program, flat, observe=observe, noise=False)
             except TautomerError:
                 raise
             except Exception as failure:
-                raise UsageError(f"data[{count - 1}]: {program.name} fails on it: {str(failure).splitlines()[0]}") from failure
+                what = f"data[{count - 1}]: {program.name} fails on it: {str(failure).splitlines()[0]}"
+                raise UsageError(what) from failure
+        return count
+
+    def each(self, program: Program) -> Iterator[list[Any]]:
+        """The flat inputs of every call, one at a time.
+
+        Raises:
+            UsageError: as of ``watch``.
+        """
+        if self._spent:
+            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
+        calls = iter(self.calls)
+        self._spent = calls is self.calls
+        inputs, count = expected(program), 0
+        for count, call in enumerate(calls, 1):
+            self.tell(f"calibrating on call {count}")
+            yield self._bound(program, inputs, call, count - 1)
         if not count:
             raise UsageError("data holds no call", hint="a list or a DataLoader of example inputs")
-        return count
 
     def _bound(self, program: Program, inputs: Any, call: Any, index: int) -> list[Any]:
         try:

@@ -197,9 +197,12 @@ class GraphOps(Ops):
         expression = self.expression(x)
         return x if expression is None else Derived(expression, value_of(x))
 
-    def measured(self, name: str, value: Tensor, like: fx.Node) -> Derived:
-        """A tensor that was measured, as a weight that expressions may read: of the dtype and on the device of ``like``."""
-        return Derived(self.program.weights.measured(name, value), value_of(like).new_empty(value.shape))
+    def measured(self, name: str, value: Tensor, like: fx.Node, trains: bool = False) -> Derived:
+        """A tensor that was measured, as a weight that expressions may read: of the dtype and on the device of ``like``.
+
+        ``trains``: a weight that is made of it is a parameter.
+        """
+        return Derived(self.program.weights.measured(name, value, trains), value_of(like).new_empty(value.shape))
 
     def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.

@@ -171,7 +171,7 @@ class Weights:
             return known
         sources = [self._origin[leaf] for leaf in leaves(expression)]
         trains = any(source.requires_grad for source in sources) and meta.dtype.is_floating_point
-        kind: Kind = "parameter" if any(source.kind == "parameter" for source in sources) else "buffer"
+        kind: Kind = "parameter" if any(source.kind == "parameter" or source.requires_grad for source in sources) else "buffer"
         persistent = any(source.persistent for source in sources)
         unique, count = name, 0
         while unique in self.entries:
@@ -181,14 +181,17 @@ class Weights:
         self._staged[expression] = unique
         return unique
 
-    def measured(self, name: str, value: Tensor) -> Leaf:
-        """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself."""
+    def measured(self, name: str, value: Tensor, trains: bool = False) -> Leaf:
+        """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself.
+
+        ``trains``: a weight that is made of it is a parameter, where the edit is computed once.
+        """
         unique, count = name, 0
         while unique in self.leaves or unique in self.entries:
             count += 1
             unique = f"{name}_{count}"
         self.leaves[unique] = value
-        self._origin[unique] = Weight(unique, Leaf(unique), value, "measured")
+        self._origin[unique] = Weight(unique, Leaf(unique), value, "measured", requires_grad=trains)
         return Leaf(unique)
 
     def rename(self, old: str, new: str) -> None:
