@@ -68,6 +68,30 @@ class Data:
                 raise UsageError(what) from failure
         return count
 
+    def gradients(
+        self, program: Program, nodes: Collection[fx.Node], loss: Callable[[tuple[Any, ...]], Tensor], see: Observer
+    ) -> None:
+        """Run ``program`` once on every call, and show the gradient of ``loss(flat outputs)`` for each of ``nodes`` that it depends
+        on. Parameters get none.
+
+        Raises:
+            UsageError: as of ``watch``.
+        """
+        wanted = set(nodes)
+        for flat in self.each(program):
+            values = dict[fx.Node, Tensor]()
+
+            def observe(node: fx.Node, value: Any, values: dict[fx.Node, Tensor] = values) -> None:
+                if node in wanted:
+                    values[node] = value if value.requires_grad else value.requires_grad_()
+
+            with torch.enable_grad():
+                asked = loss(interpret(program, flat, observe=observe, noise=False))
+                found = torch.autograd.grad(asked, list(values.values()), allow_unused=True)
+            for node, gradient in zip(values, found, strict=True):
+                if gradient is not None:
+                    see(node, gradient)
+
     def each(self, program: Program) -> Iterator[list[Any]]:
         """The flat inputs of every call, one at a time.
 

@@ -1,6 +1,6 @@
 """How far a program moves when its weights do, on the user's data and without labels.
 
-    KL(dense || edited) per token of the logits, or the mean relative error of the outputs of a model without logits
+KL(dense || edited) per token of the logits, or the mean relative error of the outputs of a model without logits
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from .calibration import Data
 from .interpret import interpret
 from .program import Program
 
@@ -27,7 +28,7 @@ class Divergence:
 
     def __init__(self, program: Program, calls: Sequence[Sequence[Any]], tokens: str = "attention_mask") -> None:
         self.program, self.calls = program, calls
-        self.logits = _logits(program)
+        self.logits = logits_of(program)
         self.what = "relative error of the outputs" if self.logits is None else "KL of the logits"
         names = [str(node.target) for node in program.placeholders]
         self.mask = names.index(tokens) if tokens in names else None
@@ -59,10 +60,39 @@ class Divergence:
         return float(rows.mean())
 
 
-def _logits(program: Program) -> int | None:
+def logits_of(program: Program) -> int | None:
     """Which flat output is the user's ``logits``; None if there is no such."""
     outputs = program.output.args[0]
     assert isinstance(outputs, (tuple, list))
     named = program.signature.unflatten(list(range(len(outputs))))
     found = named.get("logits") if isinstance(named, Mapping) else getattr(named, "logits", None)
     return found if isinstance(found, int) else None
+
+
+def sensitivities(program: Program, data: Data, nodes: Mapping[fx.Node, int], seed: int = 0) -> dict[fx.Node, Tensor]:
+    """E[g g^T] of the gradient g of the outputs' log-likelihood at nodes, [channels, channels] in float64.
+
+    An error e of a node moves the outputs by half of E[(g^T e)^2] in KL, to second order. The labels are drawn from the model
+    itself (the Fisher information, not its empirical stand-in), so none are needed; numbers are read as means of Gaussians.
+
+    Args:
+        nodes: and which of their axes holds the channels. A node that the outputs do not depend on is left out.
+    """
+    generator, at = torch.Generator().manual_seed(seed), logits_of(program)
+    found, rows = dict[fx.Node, Tensor](), dict[fx.Node, int]()
+
+    def loss(outputs: tuple[Any, ...]) -> Tensor:
+        if at is None:
+            values = [x.float() for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
+            return torch.stack([(x * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in values]).sum()
+        logits = outputs[at].float().flatten(0, -2)
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+        return -logits.log_softmax(-1).gather(-1, labels).sum()
+
+    def see(node: fx.Node, gradient: Tensor) -> None:
+        g = gradient.movedim(nodes[node], -1).flatten(0, -2).double()
+        found[node] = found[node] + g.T @ g if node in found else g.T @ g
+        rows[node] = rows.get(node, 0) + len(g)
+
+    data.gradients(program, list(nodes), loss, see)
+    return {node: G / rows[node] for node, G in found.items() if bool(G.isfinite().all()) and bool(G.any())}

@@ -7,6 +7,13 @@ W C^(1/2). Truncation-aware whitening (arXiv:2403.07378) gives the same matrix b
 inverted, so C may be singular. C = I is the plain SVD.
 
 P_r is orthonormal: |P_r^T W x| <= |W x|, so the value between the factors overflows no dtype that holds the output.
+
+Where an error e of the output costs e^T G e, the error is weighed with a root R of G on the other side as well:
+
+    W ≈ R^-1 P_r (P_r^T R W),    P_r the first r eigenvectors of R W C W^T R
+
+With the G that ``sensitivities`` measures, the tails of all layers speak of one thing, what the outputs of the model lose (to second
+order, as if layers erred independently), and may be compared and summed. (Fisher information on one side: arXiv:2207.00112.)
 """
 
 from __future__ import annotations
@@ -18,6 +25,9 @@ from torch import Tensor
 
 FLOOR = 1e-12
 """Directions that the data never takes count this much, relative to the largest: among them, what W itself makes large is kept."""
+
+RIDGE = 1e-2
+"""Of the mean eigenvalue: added to what must be inverted, or was estimated from few rows."""
 
 
 @dataclass(frozen=True)
@@ -43,43 +53,54 @@ class Moments:
         if centred:
             C = C - torch.outer(self.mean, self.mean)
         if self.count < len(C):
-            C = C + 1e-2 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+            C = C + RIDGE * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         return C
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of every rank at once.
+    """The factors of every rank at once: W' = left_r (right_r^T W).
 
     Attributes:
-        basis: [m, min(m, n)], orthonormal columns, the most important first.
-        tail: [min(m, n) + 1]; ``tail[r]`` is E|W x - W' x|^2 at rank r.
+        left: [m, min(m, n)], R^-1 P, the most important column first.
+        right: [m, min(m, n)], R P. Both are P, orthonormal, where R = 1.
+        tail: [min(m, n) + 1]; ``tail[r]`` is E (W x - W' x)^T G (W x - W' x) at rank r.
     """
 
-    basis: Tensor
+    left: Tensor
+    right: Tensor
     tail: Tensor
 
     def error(self, rank: int) -> float:
-        """The relative error |W x - W' x| / |W x| at rank r, in the root mean square."""
+        """The root of the tail relative to that of rank 0: |W x - W' x| / |W x| in the root mean square, where G = 1."""
         total = float(self.tail[0])
         return (float(self.tail[rank]) / total) ** 0.5 if total > 0 else 0.0
 
     def product(self, W: Tensor, rank: int) -> Tensor:
-        """W' = P_r P_r^T W"""
-        P = self.basis[:, :rank].to(W)
-        return P @ (P.T @ W)
+        """W' = left_r right_r^T W"""
+        return self.left[:, :rank].to(W) @ (self.right[:, :rank].to(W).T @ W)
 
 
-def factor(W: Tensor, C: Tensor | None = None) -> Factors:
-    """The factors of W [m, n] under C [n, n], by default the identity; computed in float64."""
+def factor(W: Tensor, C: Tensor | None = None, G: Tensor | None = None) -> Factors:
+    """The factors of W [m, n] under C [n, n] and G [m, m], by default identities; computed in float64."""
     W = W.double()
+    R, inverse = (None, None) if G is None else _roots(G.double())
+    if R is not None:
+        W = R @ W
     if C is not None:
         values, vectors = torch.linalg.eigh(C.double())
         floor = max(float(values[-1]) * FLOOR, torch.finfo(torch.float64).tiny)
         W = W @ (vectors * values.clamp_min(floor).sqrt())
-    U, s, _ = torch.linalg.svd(W, full_matrices=False)
+    P, s, _ = torch.linalg.svd(W, full_matrices=False)
     tail = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)])
-    return Factors(U, tail)
+    return Factors(P, P, tail) if R is None or inverse is None else Factors(inverse @ P, R @ P, tail)
+
+
+def _roots(G: Tensor) -> tuple[Tensor, Tensor]:
+    """The root of G and its inverse; what hardly matters to the outputs counts ``RIDGE`` of the mean."""
+    values, vectors = torch.linalg.eigh(G)
+    root = (values.clamp_min(0) + RIDGE * values.clamp_min(0).mean() + torch.finfo(G.dtype).tiny).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def cost(m: int, n: int, rank: int | None) -> int:

@@ -1,9 +1,9 @@
 """Linear layers of low rank, each of the rank that a budget of parameters leaves it.
 
-    linear(x, W, b)  ->  linear(linear(x, P^T W), P, b + (W - P P^T W) mu)
+    linear(x, W, b)  ->  linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)
 
-P holds the first r eigenvectors of W C W^T for the covariance C of x over ``data``: no matrix of rank r is nearer to W on what it
-is applied to (rewrite/factors.py). Where the layer has a bias, C is centred and the bias takes the mean mu; where it has none, none
+P Q^T W is the matrix of rank r that is nearest to W on what it is applied to over ``data``, where an error counts by what the outputs
+of the model lose (rewrite/factors.py); with ``error="layer"`` all errors of the layer's output count alike, P = Q. Where the layer has a bias, C is centred and the bias takes the mean mu; where it has none, none
 is added. Without data C = I, which is the plain SVD: much worse, and said so.
 
 Ranks: the local errors cannot be compared between layers, so the loss of the whole model is measured with one layer factored
@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.allocation import Choice, Option, allocate, evolve, require_feasible, spent
 from tautomer.rewrite.claims import APPROXIMATE
-from tautomer.rewrite.divergence import Divergence
+from tautomer.rewrite.divergence import Divergence, sensitivities
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
@@ -37,6 +37,7 @@ from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, path_of, place, target_name
 
 Allocation = Literal["measured", "uniform"]
+Error = Literal["outputs", "layer"]
 GRID = tuple(i / 20 for i in range(1, 20))
 """The sizes a layer may take besides dense, as parts of its parameters."""
 PROBES = (0.2, 0.4, 0.6, 0.8)
@@ -85,6 +86,7 @@ class FactorLinears(Pass):
         allocation: "measured", or "uniform": ``ratio`` in every layer.
         multiple: ranks are rounded down to a multiple of it.
         generations: of the search after the measured allocation; 0 is none.
+        error: how errors of a layer's output are weighed: by what the "outputs" of the model lose, or all alike ("layer").
         calls: how many calls of the data the losses are measured on; their outputs are kept meanwhile.
         tokens: the input that is not zero where a token counts, if the model has one.
         seed: of the search.
@@ -95,15 +97,17 @@ class FactorLinears(Pass):
     purpose: ClassVar[Purpose] = "size"
 
     def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "measured", multiple: int = 8, generations: int = 20,
-                 calls: int = 8, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
+                 error: Error = "outputs", calls: int = 8, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
         if not ratio > 0:
             raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
         if allocation not in get_args(Allocation):
             raise UsageError(f"allocation is {allocation!r}", hint=" or ".join(map(repr, get_args(Allocation))))
+        if error not in get_args(Error):
+            raise UsageError(f"error is {error!r}", hint=" or ".join(map(repr, get_args(Error))))
         if multiple < 1 or calls < 1 or generations < 0:
             raise UsageError("multiple and calls are at least 1, generations at least 0")
         self.ratio, self.allocation, self.multiple, self.generations = ratio, allocation, multiple, generations
-        self.calls, self.tokens, self.seed = calls, tokens, seed
+        self.error, self.calls, self.tokens, self.seed = error, calls, tokens, seed
 
     def run(self, program: Program, context: Context) -> None:
         if self.ratio >= 1:
@@ -115,7 +119,7 @@ class FactorLinears(Pass):
         seen: Mapping[fx.Node, Moments] = {}
         if context.data is not None:
             seen = moments(program, context.data, {c.x: c.layer.axis for c in found}, self.tokens)
-        factors = [self._factors(c, program, seen.get(c.x)) for c in found]
+        factors = self._factors(found, program, seen, context)
         plan = _Plan(self, program, found, factors, [seen[c.x].mean if c.x in seen else None for c in found])
         ranks = plan.ranks(context)
         for index, (candidate, rank) in enumerate(zip(found, ranks, strict=True)):
@@ -134,16 +138,29 @@ class FactorLinears(Pass):
             except Refused as refusal:
                 context.refused(self, node, str(refusal))
 
-    def _factors(self, c: Matrix, program: Program, seen: Moments | None) -> Factors:
-        return factor(c.value(program), None if seen is None else seen.covariance(c.bias is not None))
+    def _factors(
+        self, found: Sequence[Matrix], program: Program, seen: Mapping[fx.Node, Moments], context: Context
+    ) -> list[Factors]:
+        weighed: Mapping[fx.Node, Tensor] = {}
+        if context.data is not None and self.error == "outputs":
+            context.data.tell("measuring what the outputs depend on")
+            weighed = sensitivities(program, context.data, {c.layer.node: c.layer.axis for c in found}, self.seed)
+        return [
+            factor(c.value(program), seen[c.x].covariance(c.bias is not None) if c.x in seen else None, weighed.get(c.layer.node))
+            for c in found
+        ]
 
     def _apply(self, c: Matrix, rank: int | None, plan: _Plan, index: int, editor: Editor, context: Context) -> None:
         node = c.layer.node
         if rank is None:
-            dense = f"stays dense: {cost(c.m, c.n, None):,} parameters, which factors have from rank {break_even(c.m, c.n) + 1} on"
-            context.refused(self, node, dense if break_even(c.m, c.n) < self.multiple else "stays dense: the budget is spent better elsewhere")
+            dense = (
+                f"stays dense: {cost(c.m, c.n, None):,} parameters, which factors have from rank {break_even(c.m, c.n) + 1} on"
+            )
+            context.refused(
+                self, node, dense if break_even(c.m, c.n) < self.multiple else "stays dense: the budget is spent better elsewhere"
+            )
             return
-        emit = lambda op: [low_rank(op, c, plan.factors[index].basis[:, :rank], plan.means[index])]  # noqa: E731
+        emit = lambda op: [low_rank(op, c, plan.factors[index], rank, plan.means[index])]  # noqa: E731
         try:
             substitute(self, [node], emit, editor, context, copies=True)
         except Refused as refusal:
@@ -177,15 +194,18 @@ def candidate(layer: Layer, editor: Editor) -> Matrix:
     return Matrix(layer, name, bias, layer.outputs, layer.inputs)
 
 
-def low_rank(op: GraphOps, c: Matrix, basis: Tensor, mean: Tensor | None) -> fx.Node:
-    """linear(linear(x, P^T W), P, b + (W - P P^T W) mu)"""
+def low_rank(op: GraphOps, c: Matrix, factors: Factors, rank: int, mean: Tensor | None) -> fx.Node:
+    """linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)"""
     W, b, layer = c.layer.weight, c.layer.bias, c.layer
     where = path_of(layer.node) + "." if path_of(layer.node) else ""
     trains = bool(op.program.weights[c.name].requires_grad)
     kept = torch.promote_types(W.meta["val"].dtype, torch.float32)
-    P = op.measured(f"{where}basis", basis.to(kept).contiguous(), W, trains)
+    P, Q = (
+        op.measured(f"{where}{name}", axes[:, :rank].to(kept).contiguous(), W, trains)
+        for name, axes in (("left", factors.left), ("right", factors.right))
+    )
     matrix = op.reshape(W, [c.m, c.n]) if layer.kind.dims else W
-    B = op.matmul(op.t(P), matrix)
+    B = op.matmul(op.t(Q), matrix)
     A = op(aten.mul.Scalar)(P, 1.0)  # of the table's dtype: the basis itself is kept more precisely
     if c.bias is not None and mean is not None:
         mu = op.measured(f"{where}mean", mean.to(kept), W)
@@ -293,7 +313,9 @@ def _between(rank: int, scale: Mapping[int, float]) -> float:
     return scale[low] if low == high else scale[low] + (scale[high] - scale[low]) * (rank - low) / (high - low)
 
 
-def _tell(rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context) -> None:
+def _tell(
+    rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context
+) -> None:
     """One line per layer, and one of the whole."""
     for index, (c, rank) in enumerate(zip(plan.layers, ranks, strict=True)):
         if rank is None:
