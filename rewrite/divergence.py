@@ -1,6 +1,6 @@
 """How far a program moves when its weights do, on the user's data and without labels.
 
-    KL(dense || edited) per token of the logits, or the mean relative error of the outputs of a model without logits
+KL(dense || edited) per token of the logits, or the mean relative error of the outputs of a model without logits
 """
 
 from __future__ import annotations

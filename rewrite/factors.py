@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-12
-"""Directions that the data never takes count this much, relative to the largest: among them, what W itself makes large is kept."""
+"""Directions that the data never takes count this much, relative to the largest: among them W itself decides."""
 
 
 @dataclass(frozen=True)

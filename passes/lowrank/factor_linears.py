@@ -2,14 +2,14 @@
 
     linear(x, W, b)  ->  linear(linear(x, P^T W), P, b + (W - P P^T W) mu)
 
-P holds the first r eigenvectors of W C W^T for the covariance C of x over ``data``: no matrix of rank r is nearer to W on what it
-is applied to (rewrite/factors.py). Where the layer has a bias, C is centred and the bias takes the mean mu; where it has none, none
-is added. Without data C = I, which is the plain SVD: much worse, and said so.
+P holds the first r eigenvectors of W C W^T for the covariance C of x over ``data``: no matrix of rank r is nearer to W on what
+it is applied to (rewrite/factors.py). Where the layer has a bias, C is centred and the bias takes the mean mu; where it has
+none, none is added. Without data C = I, which is the plain SVD: much worse, and said so.
 
-Ranks: the local errors cannot be compared between layers, so the loss of the whole model is measured with one layer factored
-at a time, at a few sizes, and these losses are what the budget is divided by, with "stays dense" among the options. Then, because
-losses do not add up, a search moves budget between layers and measures the whole (arXiv:2410.14649). The loss needs no labels: the
-KL of the logits, or the outputs' relative error in a model without logits.
+Ranks: local errors cannot be compared between layers, so the loss of the whole model is measured with one layer factored at a
+time, at two sizes, and these losses are what the budget is divided by, with "stays dense" among the options. Then, because losses
+do not add up, a search moves budget between layers and measures the whole. The loss needs no labels: the KL of the logits, or the
+relative error of the outputs of a model without logits.
 
 arXiv:2403.07378 (SVD-LLM: the whitened factors), arXiv:2410.14649 (EvoPress: the search).
 """
@@ -34,12 +34,12 @@ from tautomer.rewrite.factors import Factors, Moments, break_even, cost, factor
 from tautomer.rewrite.layers import Layer, layer_of
 from tautomer.rewrite.moments import moments
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program, path_of, place, target_name
+from tautomer.rewrite.program import Program, path_of, target_name
 
 Allocation = Literal["measured", "uniform"]
 GRID = tuple(i / 20 for i in range(1, 20))
 """The sizes a layer may take besides dense, as parts of its parameters."""
-PROBES = (0.2, 0.4, 0.6, 0.8)
+PROBES = (0.3, 0.7)
 """The sizes at which the loss of a layer is measured."""
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ class FactorLinears(Pass):
     purpose: ClassVar[Purpose] = "size"
 
     def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "measured", multiple: int = 8, generations: int = 20,
-                 calls: int = 8, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
+                 calls: int = 4, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
         if not ratio > 0:
             raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
         if allocation not in get_args(Allocation):
@@ -140,8 +140,12 @@ class FactorLinears(Pass):
     def _apply(self, c: Matrix, rank: int | None, plan: _Plan, index: int, editor: Editor, context: Context) -> None:
         node = c.layer.node
         if rank is None:
-            dense = f"stays dense: {cost(c.m, c.n, None):,} parameters, which factors have from rank {break_even(c.m, c.n) + 1} on"
-            context.refused(self, node, dense if break_even(c.m, c.n) < self.multiple else "stays dense: the budget is spent better elsewhere")
+            dense = (
+                f"stays dense: {cost(c.m, c.n, None):,} parameters, which factors have from rank {break_even(c.m, c.n) + 1} on"
+            )
+            context.refused(
+                self, node, dense if break_even(c.m, c.n) < self.multiple else "stays dense: the budget is spent better elsewhere"
+            )
             return
         emit = lambda op: [low_rank(op, c, plan.factors[index].basis[:, :rank], plan.means[index])]  # noqa: E731
         try:
@@ -293,7 +297,9 @@ def _between(rank: int, scale: Mapping[int, float]) -> float:
     return scale[low] if low == high else scale[low] + (scale[high] - scale[low]) * (rank - low) / (high - low)
 
 
-def _tell(rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context) -> None:
+def _tell(
+    rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context
+) -> None:
     """One line per layer, and one of the whole."""
     for index, (c, rank) in enumerate(zip(plan.layers, ranks, strict=True)):
         if rank is None:
