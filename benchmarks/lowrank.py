@@ -55,7 +55,7 @@ class Labelled(nn.Module):
 
 def recover(model: nn.Module, text: Tensor, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.98))
-    labelled = Labelled(model.train())
+    labelled = Labelled(model)  # captured in eval mode; the model drops nothing out
     for ids in windows(text, steps, size=16, seed=2):
         labelled(ids, ids).loss.backward()
         optimizer.step()

@@ -67,7 +67,7 @@ def _added(known: Moments | None, rows: Tensor) -> Moments:
     n = rows.shape[-1]
     second = rows.new_zeros((n, n), dtype=torch.float64) if known is None else known.second
     first = rows.new_zeros(n, dtype=torch.float64) if known is None else known.first
-    for part in rows.split(ROWS):
+    for part in torch.split(rows, ROWS):
         promoted = part.double()
         second.addmm_(promoted.T, promoted)
         first += promoted.sum(0)

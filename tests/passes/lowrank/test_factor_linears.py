@@ -238,7 +238,7 @@ def test_the_recipe_trains_saves_loads_and_shrinks_the_file(tmp_path: Any) -> No
     assert torch.equal(tautomer.load(tmp_path / "saved")(data[0]), fast(data[0]))
 
     before = (fast(data[0]) - model(data[0])).square().mean().item()
-    optimizer = torch.optim.Adam(fast.train().parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(fast.parameters(), lr=1e-3)
     for _ in range(30):
         loss = (fast(data[0]) - model(data[0]).detach()).square().mean()
         loss.backward()
