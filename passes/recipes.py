@@ -187,7 +187,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     ApproximateActivations,
     FactorLinears,
 )
-"""In no recipe, or only in one that compresses, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
+"""A user asks for these, by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
@@ -290,17 +290,15 @@ class Compress(Recipe):
 
     name: ClassVar[str] = "compress"
     ratio: float = 0.6
-    allocation: Allocation = "measured"
+    allocation: Allocation = "predicted"
     multiple: int = 8
-    generations: int = 20
+    generations: int = 0
 
     def __post_init__(self) -> None:
         self._factor()
 
     def _factor(self) -> FactorLinears:
-        return FactorLinears(
-            self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations
-        )
+        return FactorLinears(self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations)
 
     def passes(self) -> tuple[Pass, ...]:
         return (FoldWeights(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())

@@ -125,7 +125,7 @@ def evolve(
         children = {_child(curves, budget, parent, draw) for _ in range(offspring)} - {parent}
         pool = sorted(children)
         for stage, kept in enumerate(survivors):
-            pool = pool + [parent] if stage == last else pool
+            pool = [*pool, parent] if stage == last else pool
             losses = {candidate: fitness(candidate, stage) for candidate in pool}
             pool = sorted(pool, key=losses.__getitem__)[:kept]
         parent = pool[0]

@@ -69,10 +69,10 @@ class Data:
         return count
 
     def gradients(
-        self, program: Program, nodes: Collection[fx.Node], loss: Callable[[tuple[Any, ...]], Tensor], see: Observer
+        self, program: Program, nodes: Collection[fx.Node], loss: Callable[[list[Any], tuple[Any, ...]], Tensor], see: Observer
     ) -> None:
-        """Run ``program`` once on every call, and show the gradient of ``loss(flat outputs)`` for each of ``nodes`` that it depends
-        on. Parameters get none.
+        """Run ``program`` once on every call, and show the gradient of ``loss(flat inputs, flat outputs)`` for each of ``nodes``
+        that it depends on. Parameters get none.
 
         Raises:
             UsageError: as of ``watch``.
@@ -86,7 +86,7 @@ class Data:
                     values[node] = value if value.requires_grad else value.requires_grad_()
 
             with torch.enable_grad():
-                asked = loss(interpret(program, flat, observe=observe, noise=False))
+                asked = loss(flat, interpret(program, flat, observe=observe, noise=False))
                 found = torch.autograd.grad(asked, list(values.values()), allow_unused=True)
             for node, gradient in zip(values, found, strict=True):
                 if gradient is not None:

@@ -69,7 +69,9 @@ def logits_of(program: Program) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def sensitivities(program: Program, data: Data, nodes: Mapping[fx.Node, int], seed: int = 0) -> dict[fx.Node, Tensor]:
+def sensitivities(
+    program: Program, data: Data, nodes: Mapping[fx.Node, int], tokens: str = "attention_mask", seed: int = 0
+) -> dict[fx.Node, Tensor]:
     """E[g g^T] of the gradient g of the outputs' log-likelihood at nodes, [channels, channels] in float64.
 
     An error e of a node moves the outputs by half of E[(g^T e)^2] in KL, to second order. The labels are drawn from the model
@@ -77,17 +79,21 @@ def sensitivities(program: Program, data: Data, nodes: Mapping[fx.Node, int], se
 
     Args:
         nodes: and which of their axes holds the channels. A node that the outputs do not depend on is left out.
+        tokens: the input that is zero where a row of the logits does not count.
     """
     generator, at = torch.Generator().manual_seed(seed), logits_of(program)
+    names = [str(node.target) for node in program.placeholders]
     found, rows = dict[fx.Node, Tensor](), dict[fx.Node, int]()
 
-    def loss(outputs: tuple[Any, ...]) -> Tensor:
+    def loss(inputs: list[Any], outputs: tuple[Any, ...]) -> Tensor:
         if at is None:
             values = [x.float() for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
             return torch.stack([(x * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in values]).sum()
-        logits = outputs[at].float().flatten(0, -2)
+        logits, mask = outputs[at].float(), inputs[names.index(tokens)] if tokens in names else None
+        logits = logits[mask != 0] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
         labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
-        return -logits.log_softmax(-1).gather(-1, labels).sum()
+        likelihood: Tensor = logits.log_softmax(-1).gather(-1, labels).sum()
+        return -likelihood
 
     def see(node: fx.Node, gradient: Tensor) -> None:
         g = gradient.movedim(nodes[node], -1).flatten(0, -2).double()

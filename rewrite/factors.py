@@ -12,8 +12,8 @@ Where an error e of the output costs e^T G e, the error is weighed with a root R
 
     W ≈ R^-1 P_r (P_r^T R W),    P_r the first r eigenvectors of R W C W^T R
 
-With the G that ``sensitivities`` measures, the tails of all layers speak of one thing, what the outputs of the model lose (to second
-order, as if layers erred independently), and may be compared and summed. (Fisher information on one side: arXiv:2207.00112.)
+With the G that ``sensitivities`` measures, the tails of all layers speak of one thing, what the outputs of the model lose (to
+second order, as if layers erred independently), and may be compared and summed. (Fisher information on one side: arXiv:2207.00112.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-12
-"""Directions that the data never takes count this much, relative to the largest: among them, what W itself makes large is kept."""
+"""Directions that the data never takes count this much, relative to the largest: among them W itself decides."""
 
 RIDGE = 1e-2
 """Of the mean eigenvalue: added to what must be inverted, or was estimated from few rows."""

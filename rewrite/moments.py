@@ -19,7 +19,9 @@ ROWS = 8192
 """Rows that are promoted at a time."""
 
 
-def moments(program: Program, data: Data, values: Mapping[fx.Node, int], tokens: str = "attention_mask") -> dict[fx.Node, Moments]:
+def moments(
+    program: Program, data: Data, values: Mapping[fx.Node, int], tokens: str = "attention_mask"
+) -> dict[fx.Node, Moments]:
     """The moments of nodes over the tokens of all calls.
 
     Args:
@@ -30,21 +32,32 @@ def moments(program: Program, data: Data, values: Mapping[fx.Node, int], tokens:
         UsageError: as of ``Data.watch``, or a value is not finite.
     """
     mask_input = next((node for node in program.placeholders if node.target == tokens), None)
+    inputs = program.placeholders
+    early = set() if mask_input is None else {node for node in inputs[: inputs.index(mask_input)] if node in values}
     found: dict[fx.Node, Moments] = {}
     calls: dict[fx.Node, int] = {}
     mask: Tensor | None = None
+    waiting: list[tuple[fx.Node, Tensor]] = []
 
     def see(node: fx.Node, value: Tensor) -> None:
         nonlocal mask
         if node is mask_input:
             mask = value != 0
-        if node in values:
-            calls[node] = calls.get(node, 0) + 1
-            x = value.movedim(values[node], -1)
-            rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2) if x.ndim > 1 else x[None]
-            if not rows.isfinite().all():
-                raise UsageError(f"data[{calls[node] - 1}]: {place(node)} gives NaN or infinity ({node.name}), so nothing can be fitted")
-            found[node] = _added(found.get(node), rows)
+            while waiting:
+                take(*waiting.pop())
+        if node in early:  # this call's mask is still to come
+            waiting.append((node, value))
+        elif node in values:
+            take(node, value)
+
+    def take(node: fx.Node, value: Tensor) -> None:
+        calls[node] = calls.get(node, 0) + 1
+        x = value.movedim(values[node], -1)
+        rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+        if not rows.isfinite().all():
+            what = f"data[{calls[node] - 1}]: '{node.name}' at {place(node)} holds NaN or infinity"
+            raise UsageError(what, hint="a covariance needs finite values: look at this call, or at the dtype")
+        found[node] = _added(found.get(node), rows)
 
     data.watch(program, [node for node in (mask_input, *values) if node is not None], see)
     return found
@@ -54,7 +67,7 @@ def _added(known: Moments | None, rows: Tensor) -> Moments:
     n = rows.shape[-1]
     second = rows.new_zeros((n, n), dtype=torch.float64) if known is None else known.second
     first = rows.new_zeros(n, dtype=torch.float64) if known is None else known.first
-    for part in rows.split(ROWS):
+    for part in torch.split(rows, ROWS):
         promoted = part.double()
         second.addmm_(promoted.T, promoted)
         first += promoted.sum(0)

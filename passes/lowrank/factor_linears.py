@@ -2,14 +2,16 @@
 
     linear(x, W, b)  ->  linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)
 
-P Q^T W is the matrix of rank r that is nearest to W on what it is applied to over ``data``, where an error counts by what the outputs
-of the model lose (rewrite/factors.py); with ``error="layer"`` all errors of the layer's output count alike, P = Q. Where the layer has a bias, C is centred and the bias takes the mean mu; where it has none, none
-is added. Without data C = I, which is the plain SVD: much worse, and said so.
+P Q^T W is the matrix of rank r that is nearest to W on what it is applied to over ``data``, where an error counts by what the
+outputs of the model lose (rewrite/factors.py); with ``error="layer"`` all errors of the layer's output count alike, and P = Q.
+Where the layer has a bias, the covariance of x is centred and the bias takes the mean mu; where it has none, none is added.
+Without data this is the plain SVD: much worse, and said so.
 
-Ranks: the local errors cannot be compared between layers, so the loss of the whole model is measured with one layer factored
-at a time, at a few sizes, and these losses are what the budget is divided by, with "stays dense" among the options. Then, because
-losses do not add up, a search moves budget between layers and measures the whole (arXiv:2410.14649). The loss needs no labels: the
-KL of the logits, or the outputs' relative error in a model without logits.
+Ranks: a dynamic program spends the budget where the outputs lose least, with "stays dense" among the options. What a layer loses
+is predicted from the same statistics ("predicted"), or measured with one layer factored at a time ("measured"). Errors of the
+layers' own outputs cannot be compared: their sum is worse than one ratio for all, and is not offered. Losses do not quite add up,
+so a search may then move budget between layers and measure the whole. None of it needs labels: the loss is the KL of the logits,
+or the relative error of the outputs of a model without logits.
 
 arXiv:2403.07378 (SVD-LLM: the whitened factors), arXiv:2410.14649 (EvoPress: the search).
 """
@@ -34,13 +36,13 @@ from tautomer.rewrite.factors import Factors, Moments, break_even, cost, factor
 from tautomer.rewrite.layers import Layer, layer_of
 from tautomer.rewrite.moments import moments
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program, path_of, place, target_name
+from tautomer.rewrite.program import Program, path_of, target_name
 
-Allocation = Literal["measured", "uniform"]
+Allocation = Literal["predicted", "measured", "uniform"]
 Error = Literal["outputs", "layer"]
-GRID = tuple(i / 20 for i in range(1, 20))
-"""The sizes a layer may take besides dense, as parts of its parameters."""
-PROBES = (0.2, 0.4, 0.6, 0.8)
+GRID = 64
+"""A layer has about as many sizes to choose from, besides dense."""
+PROBES = (0.3, 0.7)
 """The sizes at which the loss of a layer is measured."""
 
 aten = torch.ops.aten
@@ -83,7 +85,8 @@ class FactorLinears(Pass):
     Args:
         ratio: the part of the parameters of all layers that may be factored (and that ``only`` and ``skip`` admit) which is
             left. From 1 on, nothing is done.
-        allocation: "measured", or "uniform": ``ratio`` in every layer.
+        allocation: where the budget goes: by losses "predicted" from the statistics or "measured" one layer at a time (a run of
+            ``calls`` for each of two sizes of every layer), or "uniform": ``ratio`` in every layer.
         multiple: ranks are rounded down to a multiple of it.
         generations: of the search after the measured allocation; 0 is none.
         error: how errors of a layer's output are weighed: by what the "outputs" of the model lose, or all alike ("layer").
@@ -96,14 +99,16 @@ class FactorLinears(Pass):
     paper = "arXiv:2403.07378, arXiv:2410.14649"
     purpose: ClassVar[Purpose] = "size"
 
-    def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "measured", multiple: int = 8, generations: int = 20,
-                 error: Error = "outputs", calls: int = 8, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
+    def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "predicted", multiple: int = 8, generations: int = 0,
+                 error: Error = "outputs", calls: int = 4, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
         if not ratio > 0:
             raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
         if allocation not in get_args(Allocation):
             raise UsageError(f"allocation is {allocation!r}", hint=" or ".join(map(repr, get_args(Allocation))))
         if error not in get_args(Error):
             raise UsageError(f"error is {error!r}", hint=" or ".join(map(repr, get_args(Error))))
+        if allocation == "predicted" and error == "layer":
+            raise UsageError("errors of layers cannot be compared", hint="error='outputs', or allocation='measured' or 'uniform'")
         if multiple < 1 or calls < 1 or generations < 0:
             raise UsageError("multiple and calls are at least 1, generations at least 0")
         self.ratio, self.allocation, self.multiple, self.generations = ratio, allocation, multiple, generations
@@ -144,7 +149,7 @@ class FactorLinears(Pass):
         weighed: Mapping[fx.Node, Tensor] = {}
         if context.data is not None and self.error == "outputs":
             context.data.tell("measuring what the outputs depend on")
-            weighed = sensitivities(program, context.data, {c.layer.node: c.layer.axis for c in found}, self.seed)
+            weighed = sensitivities(program, context.data, {c.layer.node: c.layer.axis for c in found}, self.tokens, self.seed)
         return [
             factor(c.value(program), seen[c.x].covariance(c.bias is not None) if c.x in seen else None, weighed.get(c.layer.node))
             for c in found
@@ -236,8 +241,9 @@ class _Plan:
     def _ranks(self, c: Matrix) -> list[int | None]:
         """Ranks by size, dense last."""
         k, largest = self.rewrite.multiple, break_even(c.m, c.n)
-        ranks = {int(ratio * c.m * c.n / (c.m + c.n)) // k * k for ratio in (*GRID, self.rewrite.ratio)}
-        return [*sorted(rank for rank in ranks if 0 < rank <= largest), None]
+        step = max(1, largest // k // GRID) * k
+        wanted = int(self.rewrite.ratio * c.m * c.n / (c.m + c.n)) // k * k
+        return [*sorted({rank for rank in (*range(step, largest + 1, step), wanted) if 0 < rank <= largest}), None]
 
     def ranks(self, context: Context) -> list[int | None]:
         costs = [[cost(c.m, c.n, rank) for rank in row] for c, row in zip(self.layers, self.options, strict=True)]
@@ -270,9 +276,11 @@ class _Plan:
         return [row[index] for row, index in zip(self.options, choice, strict=True)]
 
     def _curve(self, index: int, context: Context) -> list[float]:
-        """The loss of one layer by option: measured at the probes, between them in proportion to the error of the layer."""
+        """The loss of one layer by option: predicted, or measured at the probes and between them in proportion to that."""
         assert self.divergence is not None and context.data is not None
         c, f, row = self.layers[index], self.factors[index], self.options[index]
+        if self.rewrite.allocation == "predicted":
+            return [0.0 if rank is None else 0.5 * float(f.tail[rank]) for rank in row]
         context.data.tell(f"measuring layer {index + 1} of {len(self.layers)}")
         ranks = [rank for rank in row if rank is not None]
         wanted = [ratio * c.m * c.n / (c.m + c.n) for ratio in PROBES]
