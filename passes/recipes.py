@@ -25,9 +25,9 @@ from .attention.nystrom_attention import NystromAttention
 from .attention.pack_attention import PackAttention
 from .attention.pack_cached_attention import PackCachedAttention
 from .attention.raise_cached_mask import RaiseCachedMask
+from .attention.split_heads import SplitHeads
 from .attention.substitutes import METHODS
 from .attention.window_attention import WindowAttention, WindowMask
-from .attention.split_heads import SplitHeads
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants
@@ -35,6 +35,7 @@ from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
+from .lowrank.factor_linears import Allocation, FactorLinears
 from .lowrank.merge_lora import MergeLora
 from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
@@ -196,6 +197,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FoldNormGain,
     MergeParallelLinears,
     ApproximateActivations,
+    FactorLinears,
     StructureFfn,
     WindowAttention,
     WindowMask,
@@ -204,7 +206,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     NystromAttention,
     LinformerAttention,
 )
-"""In no recipe, a user asks for these by name: another function, other shapes of weights, or a price that few targets repay."""
+"""A user asks for these, by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)
 """Every rewrite there is, in the order of the catalogue."""
 
@@ -322,4 +324,31 @@ class LongContext(Recipe):
         return (*(kind() for kind in RAISE), self.substitute, *(kind() for kind in CLEANUP))
 
 
-RECIPES: Mapping[str, type[Recipe]] = {recipe.name: recipe for recipe in (Inference, Training, Finetune, LongContext, Compile)}
+@dataclass(frozen=True)
+class Compress(Recipe):
+    """Linear layers of low rank within a budget of parameters: another function, near to the model on ``data``.
+
+    The factors are parameters: the result trains, and a short training recovers most of what was lost.
+
+    Attributes: as of ``FactorLinears``, which says what they mean.
+    """
+
+    name: ClassVar[str] = "compress"
+    ratio: float = 0.6
+    allocation: Allocation = "predicted"
+    multiple: int = 8
+    generations: int = 0
+
+    def __post_init__(self) -> None:
+        self._factor()
+
+    def _factor(self) -> FactorLinears:
+        return FactorLinears(self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations)
+
+    def passes(self) -> tuple[Pass, ...]:
+        return (FoldWeights(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())
+
+
+RECIPES: Mapping[str, type[Recipe]] = {
+    recipe.name: recipe for recipe in (Inference, Training, Finetune, Compress, LongContext, Compile)
+}

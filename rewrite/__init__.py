@@ -18,6 +18,10 @@ What everything speaks of:
     interpret.py    Run a program's graph node by node; promoted to float64 it is the oracle
     expected.py     What a captured graph expects of its inputs
     calibration.py  Run a program on the user's data; a pass sees the values of chosen nodes
+    factors.py      Truncated factors of a matrix under a covariance of what it is applied to
+    moments.py      First and second moments of values of a program over the user's data
+    divergence.py   How far a program moves when its weights do, on the user's data and without labels
+    allocation.py   Which of a few sizes each layer takes, so that all fit a budget
 
 One vocabulary, and emission in it:
 

@@ -5,7 +5,7 @@ One call at a time: a pass keeps a sum or a maximum, never the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,14 +69,8 @@ class Data:
         return self._run(programs, see)
 
     def _run(self, programs: Sequence[Program], see: Callable[..., None], observe: Observer | None = None) -> int:
-        if self._spent:
-            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
-        calls = iter(self.calls)
-        self._spent = calls is self.calls
-        inputs, count = expected(programs[0]), 0
-        for count, call in enumerate(calls, 1):
-            self.tell(f"calibrating on call {count}")
-            flat = self._bound(programs[0], inputs, call, count - 1)
+        count = 0
+        for count, flat in enumerate(self.each(programs[0]), 1):
             try:
                 found = [interpret(program, flat, observe=observe, noise=False) for program in programs]
             except TautomerError:
@@ -85,9 +79,48 @@ class Data:
                 problem = str(failure).splitlines()[0]
                 raise UsageError(f"data[{count - 1}]: {programs[0].name} fails on it: {problem}") from failure
             see(flat, found)
+        return count
+
+    def gradients(
+        self, program: Program, nodes: Collection[fx.Node], loss: Callable[[list[Any], tuple[Any, ...]], Tensor], see: Observer
+    ) -> None:
+        """Run ``program`` once on every call, and show the gradient of ``loss(flat inputs, flat outputs)`` for each of ``nodes``
+        that it depends on. Parameters get none.
+
+        Raises:
+            UsageError: as of ``watch``.
+        """
+        wanted = set(nodes)
+        for flat in self.each(program):
+            values = dict[fx.Node, Tensor]()
+
+            def observe(node: fx.Node, value: Any, values: dict[fx.Node, Tensor] = values) -> None:
+                if node in wanted:
+                    values[node] = value if value.requires_grad else value.requires_grad_()
+
+            with torch.enable_grad():
+                asked = loss(flat, interpret(program, flat, observe=observe, noise=False))
+                found = torch.autograd.grad(asked, list(values.values()), allow_unused=True)
+            for node, gradient in zip(values, found, strict=True):
+                if gradient is not None:
+                    see(node, gradient)
+
+    def each(self, program: Program) -> Iterator[list[Any]]:
+        """The flat inputs of every call, one at a time.
+
+        Raises:
+            UsageError: as of ``watch``.
+        """
+        if self._spent:
+            raise UsageError("data is an iterator that has been read, and is needed again", hint="a list, or a DataLoader")
+        calls = iter(self.calls)
+        self._spent = calls is self.calls
+        inputs, count = expected(program), 0
+        for count, call in enumerate(calls, 1):
+            self.tell(f"calibrating on call {count}")
+            yield self._bound(program, inputs, call, count - 1)
         if not count:
             raise UsageError("data holds no call", hint="a list or a DataLoader of example inputs")
-        return count
 
     def _bound(self, program: Program, inputs: Any, call: Any, index: int) -> list[Any]:
         try:

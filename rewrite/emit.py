@@ -197,9 +197,12 @@ class GraphOps(Ops):
         expression = self.expression(x)
         return x if expression is None else Derived(expression, value_of(x))
 
-    def measured(self, name: str, value: Tensor, like: fx.Node) -> Derived:
-        """A tensor that was measured, as a weight that expressions may read: of the dtype and on the device of ``like``."""
-        return Derived(self.program.weights.measured(name, value), value_of(like).new_empty(value.shape))
+    def measured(self, name: str, value: Tensor, like: fx.Node, trains: bool = False) -> Derived:
+        """A tensor that was measured, as a weight that expressions may read: of the dtype and on the device of ``like``.
+
+        ``trains``: a weight that is made of it is a parameter.
+        """
+        return Derived(self.program.weights.measured(name, value, trains), value_of(like).new_empty(value.shape))
 
     def instead(self, name: str, value: Tensor, old: fx.Node) -> Derived:
         """A tensor that takes the place of the weight ``old`` without being computed from it, as a weight beside it.
@@ -212,6 +215,7 @@ class GraphOps(Ops):
             Apply(in_place_of, (self.program.weights.measured(parent + dot + name, value), Leaf(leaf))),
             value_of(old).new_empty(value.shape),
         )
+
     def tensor(self, name: str, value: Tensor, like: fx.Node, trains: bool = False) -> fx.Node:
         """A tensor that the rewrite brings along, on the device of ``like``: a buffer, or a new parameter that ``trains``."""
         value = value.detach().to(value_of(like).device)

@@ -184,7 +184,7 @@ class Weights:
     def measured(self, name: str, value: Tensor, trains: bool = False) -> Leaf:
         """A tensor that is not the model's but was measured, as a leaf for expressions; it is no weight by itself.
 
-        With ``trains``, what reads it is a new parameter.
+        ``trains``: a weight that is made of it is a new parameter, where the edit is computed once.
         """
         unique, count = name, 0
         while unique in self.leaves or unique in self.entries:

@@ -9,7 +9,7 @@ tautomer.nn has norms for models that will be trained.
 """
 
 from tautomer.backends.form import load_form, save_form
-from tautomer.passes.recipes import Finetune, Inference, LongContext, Training
+from tautomer.passes.recipes import Compress, Finetune, Inference, LongContext, Training
 
 from . import nn as nn
 from ._compiler import CompiledGraph, Compiler, compiler
@@ -39,6 +39,7 @@ __all__ = [
     "Catalogue",
     "CompiledGraph",
     "Compiler",
+    "Compress",
     "Explanation",
     "Finetune",
     "Inference",

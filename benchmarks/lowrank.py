@@ -1,0 +1,113 @@
+"""What a language model loses when its linear layers get a low rank: the shipped model, in nats per byte over the dense one.
+
+    python benchmarks/lowrank.py                    all linear layers at 0.8, 0.6 and 0.4 of their parameters; FFN alone at 0.32
+    python benchmarks/lowrank.py --ratios 0.6 --ffn 0 --recover 200
+
+Peers in the same run, all of them through ``FactorLinears``: the plain SVD; a scale per channel, rms(x)^0.5 (the form of ASVD,
+arXiv:2312.05821: a diagonal covariance); the whole covariance at one ratio in every layer (SVD-LLM with its bias corrected,
+arXiv:2403.07378), and with the budget where measured losses send it; ours, with errors counted by what the outputs lose. Ranks
+are multiples of 8 only where it says so. ``--generations`` adds a search, ``--recover`` trains each for some steps on the training
+half, AdamW at 3e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from train_byte_lm import SHIPPED, corpus, cross_entropy, windows
+from transformers import GPT2LMHeadModel
+
+import tautomer
+from tautomer.passes.lowrank.factor_linears import FactorLinears
+from tautomer.rewrite.factors import Factors, factor
+from tautomer.rewrite.pass_base import Context
+from tautomer.rewrite.program import Program
+
+
+class ScaledLinears(FactorLinears):
+    """The covariance without what is off its diagonal, and the square root of that."""
+
+    def _factors(self, found: Any, program: Program, seen: Any, context: Context) -> list[Factors]:
+        scales = [torch.diag((seen[c.x].second.diagonal() / seen[c.x].count).sqrt()) for c in found]
+        return [factor(c.value(program), scale) for c, scale in zip(found, scales, strict=True)]
+
+
+class Labelled(nn.Module):
+    """The loss that ``cross_entropy`` of the example asks a model for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        output = self.model(input_ids=ids)
+        output.loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return output
+
+
+def recover(model: nn.Module, text: Tensor, steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.98))
+    labelled = Labelled(model)  # captured in eval mode; the model drops nothing out
+    for ids in windows(text, steps, size=16, seed=2):
+        labelled(ids, ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--ffn", type=float, default=0.32, help="the ratio of the FFN alone; 0 leaves it out")
+    parser.add_argument("--generations", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=16, help="of 16 windows, to calibrate on")
+    parser.add_argument("--evaluate", type=int, default=16, help="batches of 64 windows")
+    parser.add_argument("--recover", type=int, default=0, help="steps of training afterwards")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = GPT2LMHeadModel.from_pretrained(SHIPPED, dtype=torch.float32).eval()
+    model.config.use_cache = False
+    text, held_out = corpus(held_out=False), corpus(held_out=True)
+    data = [{"input_ids": ids} for ids in windows(text, options.batches, 16)]
+    dense = cross_entropy(Labelled(model), held_out, options.evaluate)
+    print(f"dense: {dense:.4f} nats per byte")
+    ffn = [f"transformer.h.{layer}.mlp" for layer in range(model.config.n_layer)]
+    jobs = [("all", ratio, ()) for ratio in options.ratios] + ([("FFN", options.ffn, ffn)] if options.ffn else [])
+    for what, ratio, only in jobs:
+        ways: dict[str, tuple[FactorLinears, Any]] = {
+            "plain SVD": (FactorLinears(ratio, multiple=1), None),
+            "scaled": (ScaledLinears(ratio, allocation="uniform", error="layer", multiple=1), data),
+            "whitened, uniform": (FactorLinears(ratio, allocation="uniform", error="layer", multiple=1), data),
+            "whitened, measured": (FactorLinears(ratio, allocation="measured", error="layer", multiple=1), data),
+            "ours, uniform": (FactorLinears(ratio, allocation="uniform", multiple=1), data),
+            "ours": (FactorLinears(ratio, multiple=1), data),
+            "ours, ranks of 8": (FactorLinears(ratio), data),
+        }
+        if options.generations:
+            ways["ours, searched"] = (FactorLinears(ratio, multiple=1, generations=options.generations), data)
+        for name, (rewrite, calls) in ways.items():
+            start = perf_counter()
+            passes = [rewrite, "drop-dead-code", "drop-unused-weights", "name-weights"]
+            example = {"input_ids": data[0]["input_ids"][:2]}
+            fast = tautomer.optimize(model, (), example, passes=passes, data=calls, only=only)
+            seconds = perf_counter() - start
+            line = f"{what} at {ratio}: {name:<20} +{cross_entropy(Labelled(fast), held_out, options.evaluate) - dense:.4f}"
+            if options.recover:
+                recover(fast, text, options.recover)
+                line += (
+                    f", after {options.recover} steps {cross_entropy(Labelled(fast), held_out, options.evaluate) - dense:+.4f}"
+                )
+            print(f"{line}   ({fast.report.after.parameters:,} parameters in all, {seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

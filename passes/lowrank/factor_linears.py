@@ -1,0 +1,348 @@
+"""Linear layers of low rank, each of the rank that a budget of parameters leaves it.
+
+    linear(x, W, b)  ->  linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)
+
+P Q^T W is the matrix of rank r that is nearest to W on what it is applied to over ``data``, where an error counts by what the
+outputs of the model lose (rewrite/factors.py); with ``error="layer"`` all errors of the layer's output count alike, and P = Q.
+Where the layer has a bias, the covariance of x is centred and the bias takes the mean mu; where it has none, none is added.
+Without data this is the plain SVD: much worse, and said so.
+
+Ranks: a dynamic program spends the budget where the outputs lose least, with "stays dense" among the options. What a layer loses
+is predicted from the same statistics ("predicted"), or measured with one layer factored at a time ("measured"). Errors of the
+layers' own outputs cannot be compared: their sum is worse than one ratio for all, and is not offered. Losses do not quite add up,
+so a search may then move budget between layers and measure the whole. None of it needs labels: the loss is the KL of the logits,
+or the relative error of the outputs of a model without logits.
+
+arXiv:2403.07378 (SVD-LLM: the whitened factors), arXiv:2410.14649 (EvoPress: the search).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from tautomer.rewrite.allocation import Choice, Option, allocate, evolve, require_feasible, spent
+from tautomer.rewrite.claims import APPROXIMATE
+from tautomer.rewrite.divergence import Divergence, sensitivities
+from tautomer.rewrite.emit import Editor, GraphOps
+from tautomer.rewrite.engine import substitute
+from tautomer.rewrite.errors import Refused, UsageError, require
+from tautomer.rewrite.factors import Factors, Moments, break_even, cost, factor
+from tautomer.rewrite.layers import Layer, layer_of
+from tautomer.rewrite.moments import moments
+from tautomer.rewrite.pass_base import Context, Pass, Purpose
+from tautomer.rewrite.program import Program, path_of, target_name
+
+Allocation = Literal["predicted", "measured", "uniform"]
+Error = Literal["outputs", "layer"]
+GRID = 64
+"""A layer has about as many sizes to choose from, besides dense."""
+PROBES = (0.3, 0.7)
+"""The sizes at which the loss of a layer is measured."""
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer y = W x + b that may be factored.
+
+    Attributes:
+        layer: the call; ``layer.weight`` may be the transpose of the weight of the table.
+        name: of the weight in the table.
+        bias: the name of its bias in the table; None if it has none.
+        m, n: outputs and inputs.
+    """
+
+    layer: Layer
+    name: str
+    bias: str | None
+    m: int
+    n: int
+
+    @property
+    def x(self) -> fx.Node:
+        x: fx.Node = self.layer.bound[self.layer.kind.x]
+        return x
+
+    def value(self, program: Program) -> Tensor:
+        """W as [m, n], in float64."""
+        return self.turned(program.weights.value(self.name, torch.float64)).reshape(self.m, self.n)
+
+    def turned(self, W: Tensor) -> Tensor:
+        """W of the layer from that of the table, or the other way round."""
+        return W if self.layer.weight.op == "get_attr" else W.T
+
+
+class FactorLinears(Pass):
+    """A linear layer → two thin ones; see the module.
+
+    Args:
+        ratio: the part of the parameters of all layers that may be factored (and that ``only`` and ``skip`` admit) which is
+            left. From 1 on, nothing is done.
+        allocation: where the budget goes: by losses "predicted" from the statistics or "measured" one layer at a time (a run of
+            ``calls`` for each of two sizes of every layer), or "uniform": ``ratio`` in every layer.
+        multiple: ranks are rounded down to a multiple of it.
+        generations: of the search after the measured allocation; 0 is none.
+        error: how errors of a layer's output are weighed: by what the "outputs" of the model lose, or all alike ("layer").
+        calls: how many calls of the data the losses are measured on; their outputs are kept meanwhile.
+        tokens: the input that is not zero where a token counts, if the model has one.
+        seed: of the search.
+    """
+
+    claim = APPROXIMATE("a matrix is replaced by the nearest one of a lower rank on the data")
+    paper = "arXiv:2403.07378, arXiv:2410.14649"
+    purpose: ClassVar[Purpose] = "size"
+
+    def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "predicted", multiple: int = 8, generations: int = 0,
+                 error: Error = "outputs", calls: int = 4, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
+        if not ratio > 0:
+            raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
+        if allocation not in get_args(Allocation):
+            raise UsageError(f"allocation is {allocation!r}", hint=" or ".join(map(repr, get_args(Allocation))))
+        if error not in get_args(Error):
+            raise UsageError(f"error is {error!r}", hint=" or ".join(map(repr, get_args(Error))))
+        if allocation == "predicted" and error == "layer":
+            raise UsageError("errors of layers cannot be compared", hint="error='outputs', or allocation='measured' or 'uniform'")
+        if multiple < 1 or calls < 1 or generations < 0:
+            raise UsageError("multiple and calls are at least 1, generations at least 0")
+        self.ratio, self.allocation, self.multiple, self.generations = ratio, allocation, multiple, generations
+        self.error, self.calls, self.tokens, self.seed = error, calls, tokens, seed
+
+    def run(self, program: Program, context: Context) -> None:
+        if self.ratio >= 1:
+            return
+        editor = Editor(program)
+        found = list(self._candidates(editor, context))
+        if not found:
+            return
+        seen: Mapping[fx.Node, Moments] = {}
+        if context.data is not None:
+            seen = moments(program, context.data, {c.x: c.layer.axis for c in found}, self.tokens)
+        factors = self._factors(found, program, seen, context)
+        plan = _Plan(self, program, found, factors, [seen[c.x].mean if c.x in seen else None for c in found])
+        ranks = plan.ranks(context)
+        for index, (candidate, rank) in enumerate(zip(found, ranks, strict=True)):
+            if context.fuel is not None and context.fuel <= 0:
+                break
+            self._apply(candidate, rank, plan, index, editor, context)
+        _tell(self, plan, ranks, seen, context)
+
+    def _candidates(self, editor: Editor, context: Context) -> Iterator[Matrix]:
+        for node in list(editor.program.graph.nodes):
+            layer = layer_of(node) if node.op == "call_function" else None
+            if layer is None or not context.admits(self, node):
+                continue
+            try:
+                yield candidate(layer, editor)
+            except Refused as refusal:
+                context.refused(self, node, str(refusal))
+
+    def _factors(
+        self, found: Sequence[Matrix], program: Program, seen: Mapping[fx.Node, Moments], context: Context
+    ) -> list[Factors]:
+        weighed: Mapping[fx.Node, Tensor] = {}
+        if context.data is not None and self.error == "outputs":
+            context.data.tell("measuring what the outputs depend on")
+            weighed = sensitivities(program, context.data, {c.layer.node: c.layer.axis for c in found}, self.tokens, self.seed)
+        return [
+            factor(c.value(program), seen[c.x].covariance(c.bias is not None) if c.x in seen else None, weighed.get(c.layer.node))
+            for c in found
+        ]
+
+    def _apply(self, c: Matrix, rank: int | None, plan: _Plan, index: int, editor: Editor, context: Context) -> None:
+        node = c.layer.node
+        if rank is None:
+            dense = (
+                f"stays dense: {cost(c.m, c.n, None):,} parameters, which factors have from rank {break_even(c.m, c.n) + 1} on"
+            )
+            context.refused(
+                self, node, dense if break_even(c.m, c.n) < self.multiple else "stays dense: the budget is spent better elsewhere"
+            )
+            return
+        emit = lambda op: [low_rank(op, c, plan.factors[index], rank, plan.means[index])]  # noqa: E731
+        try:
+            substitute(self, [node], emit, editor, context, copies=True)
+        except Refused as refusal:
+            context.refused(self, node, str(refusal))
+
+
+def candidate(layer: Layer, editor: Editor) -> Matrix:
+    """The layer, if it may be factored.
+
+    Raises:
+        Refused: it may not.
+    """
+    program, W, b = editor.program, layer.weight, layer.bias
+    require(not program.weights.live, "its weight is edited at every call: factor the model first, and train the factors")
+    if layer.kind.dims:
+        pointwise = not layer.transposed and layer.groups == 1 and all(size == 1 for size in W.meta["val"].shape[2:])
+        plain = pointwise and not any(map(any, layer.padding)) and _all_one(layer.bound["stride"])
+        require(plain, "a convolution is a linear layer only with kernel and stride 1, without groups and padding")
+    stored = W.args[0] if W.target is aten.t.default else W
+    is_weight = isinstance(stored, fx.Node) and stored.op == "get_attr" and editor.constant(stored)
+    require(is_weight, "the weight is computed at run time, or from others: fold-weights first")
+    assert isinstance(stored, fx.Node)
+    name = str(stored.target)
+    names = {str(n.target) for n in program.graph.find_nodes(op="get_attr") if str(n.target) in program.weights.aliases(name)}
+    readers = {r for n in program.graph.find_nodes(op="get_attr") if str(n.target) in names for r in n.users}
+    readers = {user for r in readers for user in (r.users if r.target is aten.t.default else [r])}
+    other = next((reader for reader in readers if reader is not layer.node), None)
+    if other is not None:
+        raise Refused(f"'{name}' is also read by {target_name(other)} '{other.name}', which needs it whole")
+    bias = str(b.target) if isinstance(b, fx.Node) and b.op == "get_attr" and editor.constant(b) else None
+    return Matrix(layer, name, bias, layer.outputs, layer.inputs)
+
+
+def low_rank(op: GraphOps, c: Matrix, factors: Factors, rank: int, mean: Tensor | None) -> fx.Node:
+    """linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)"""
+    W, b, layer = c.layer.weight, c.layer.bias, c.layer
+    where = path_of(layer.node) + "." if path_of(layer.node) else ""
+    trains = bool(op.program.weights[c.name].requires_grad)
+    kept = torch.promote_types(W.meta["val"].dtype, torch.float32)
+    P, Q = (
+        op.measured(f"{where}{name}", axes[:, :rank].to(kept).contiguous(), W, trains)
+        for name, axes in (("left", factors.left), ("right", factors.right))
+    )
+    matrix = op.reshape(W, [c.m, c.n]) if layer.kind.dims else W
+    B = op.matmul(op.t(Q), matrix)
+    A = op(aten.mul.Scalar)(P, 1.0)  # of the table's dtype: the basis itself is kept more precisely
+    if c.bias is not None and mean is not None:
+        mu = op.measured(f"{where}mean", mean.to(kept), W)
+        b = op.node(op.add(b, op.sub(op.mv(matrix, mu), op.mv(P, op.mv(B, mu)))), "bias", beside=W)
+    for_kernel = [1] * layer.kind.dims
+    down, up = (op.reshape(M, [*M.fake.shape, *for_kernel]) if for_kernel else M for M in (B, A))
+    return _call(op, layer, _call(op, layer, c.x, op.node(down), None), op.node(up), b)
+
+
+def _call(op: GraphOps, layer: Layer, x: fx.Node, W: fx.Node, b: Any) -> fx.Node:
+    bound = {**layer.bound, layer.kind.x: x, layer.kind.W: W, "bias": b}
+    made: fx.Node = op(layer.node.target)(*bound.values())  # type: ignore[arg-type]
+    return made
+
+
+class _Plan:
+    """Which rank each layer takes: what was measured, and what it was measured with."""
+
+    def __init__(self, rewrite: FactorLinears, program: Program, layers: Sequence[Matrix], factors: Sequence[Factors],
+                 means: Sequence[Tensor | None]) -> None:  # fmt: skip
+        self.rewrite, self.program, self.layers, self.factors, self.means = rewrite, program, layers, factors, means
+        self.total = sum(cost(c.m, c.n, None) for c in layers)
+        self.budget = int(rewrite.ratio * self.total)
+        self.options = [self._ranks(c) for c in layers]
+        self.losses: list[list[float]] = []
+        self.divergence: Divergence | None = None
+
+    def _ranks(self, c: Matrix) -> list[int | None]:
+        """Ranks by size, dense last."""
+        k, largest = self.rewrite.multiple, break_even(c.m, c.n)
+        step = max(1, largest // k // GRID) * k
+        wanted = int(self.rewrite.ratio * c.m * c.n / (c.m + c.n)) // k * k
+        return [*sorted({rank for rank in (*range(step, largest + 1, step), wanted) if 0 < rank <= largest}), None]
+
+    def ranks(self, context: Context) -> list[int | None]:
+        costs = [[cost(c.m, c.n, rank) for rank in row] for c, row in zip(self.layers, self.options, strict=True)]
+        require_feasible([[Option(size, 0.0) for size in row] for row in costs], self.budget)
+        if self.rewrite.allocation == "uniform" or context.data is None:
+            return [self._uniform(c, row) for c, row in zip(self.layers, self.options, strict=True)]
+        calls = list(islice(context.data.each(self.program), self.rewrite.calls))
+        self.divergence = Divergence(self.program, calls, self.rewrite.tokens)
+        self.losses = [self._curve(index, context) for index in range(len(self.layers))]
+        curves = [[Option(*o) for o in zip(sizes, row, strict=True)] for sizes, row in zip(costs, self.losses, strict=True)]
+        start = allocate(curves, self.budget)
+        if self.rewrite.generations:
+            start = self._best_start(start, curves)
+            start = evolve(curves, self.budget, start, self._fitness, self.rewrite.generations, seed=self.rewrite.seed)
+        return self._of(start)
+
+    def _best_start(self, start: Choice, curves: Sequence[Sequence[Option]]) -> Choice:
+        """The allocation, or what is uniform if that measures better."""
+        row = [self._uniform(c, options) for c, options in zip(self.layers, self.options, strict=True)]
+        uniform = tuple(options.index(rank) for options, rank in zip(self.options, row, strict=True))
+        fits = spent(curves, uniform) <= self.budget
+        return min([start, uniform] if fits else [start], key=lambda choice: self._fitness(choice, 1))
+
+    def _uniform(self, c: Matrix, row: Sequence[int | None]) -> int | None:
+        wanted = self.rewrite.ratio * c.m * c.n
+        fitting = [rank for rank in row if rank is not None and cost(c.m, c.n, rank) <= wanted]
+        return max(fitting) if fitting else row[0]
+
+    def _of(self, choice: Choice) -> list[int | None]:
+        return [row[index] for row, index in zip(self.options, choice, strict=True)]
+
+    def _curve(self, index: int, context: Context) -> list[float]:
+        """The loss of one layer by option: predicted, or measured at the probes and between them in proportion to that."""
+        assert self.divergence is not None and context.data is not None
+        c, f, row = self.layers[index], self.factors[index], self.options[index]
+        if self.rewrite.allocation == "predicted":
+            return [0.0 if rank is None else 0.5 * float(f.tail[rank]) for rank in row]
+        context.data.tell(f"measuring layer {index + 1} of {len(self.layers)}")
+        ranks = [rank for rank in row if rank is not None]
+        wanted = [ratio * c.m * c.n / (c.m + c.n) for ratio in PROBES]
+        probes = sorted({min(ranks, key=lambda rank, w=w: abs(rank - w)) for w in wanted}) if ranks else []  # type: ignore[misc]
+        scale = {rank: max(0.0, self.divergence(self.edits({index: rank}))) / max(float(f.tail[rank]), 1e-300) for rank in probes}
+        return [0.0 if rank is None else _between(rank, scale) * float(f.tail[rank]) for rank in row]
+
+    def _fitness(self, choice: Choice, stage: int) -> float:
+        assert self.divergence is not None
+        calls = len(self.divergence.calls)
+        chosen = dict(enumerate(self._of(choice)))
+        return self.divergence(self.edits(chosen), range(calls if stage else max(1, calls // 4)))
+
+    def edits(self, ranks: Mapping[int, int | None]) -> dict[str, Tensor]:
+        """The weights of the table with some layers of a lower rank."""
+        weights: dict[str, Tensor] = {}
+        for index, rank in ranks.items():
+            c, mean = self.layers[index], self.means[index]
+            if rank is None:
+                continue
+            old = self.program.weights.value(c.name)
+            W = c.turned(old.detach()).reshape(c.m, c.n)
+            wide = W.to(torch.promote_types(W.dtype, torch.float32))
+            product = self.factors[index].product(wide, rank)
+            weights[c.name] = c.turned(product.reshape(c.turned(old).shape)).to(old.dtype)
+            if c.bias is not None and mean is not None:
+                b = self.program.weights.value(c.bias).detach()
+                weights[c.bias] = (b + (wide - product) @ mean.to(wide)).to(b.dtype)
+        return weights
+
+
+def _between(rank: int, scale: Mapping[int, float]) -> float:
+    """Linear between the probes, constant outside."""
+    below, above = [p for p in scale if p <= rank], [p for p in scale if p >= rank]
+    if not below or not above:
+        return scale[min(scale) if not below else max(scale)]
+    low, high = max(below), min(above)
+    return scale[low] if low == high else scale[low] + (scale[high] - scale[low]) * (rank - low) / (high - low)
+
+
+def _tell(
+    rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context
+) -> None:
+    """One line per layer, and one of the whole."""
+    for index, (c, rank) in enumerate(zip(plan.layers, ranks, strict=True)):
+        if rank is None:
+            continue
+        loss = f", loss alone {plan.losses[index][plan.options[index].index(rank)]:.1e}" if plan.losses else ""
+        part, error = cost(c.m, c.n, rank) / (c.m * c.n), plan.factors[index].error(rank)
+        what = f"[{c.m}, {c.n}] at rank {rank}: {part:.2f} of its parameters, relative error {error:.3f}{loss}"
+        context.noted(rewrite, c.layer.node, what)
+        if c.x in seen and seen[c.x].count < c.n:
+            few = f"{seen[c.x].count} tokens tell little of {c.n} channels: a ridge was added; give at least {10 * c.n}"
+            context.noted(rewrite, c.layer.node, few)
+    left = sum(cost(c.m, c.n, rank) for c, rank in zip(plan.layers, ranks, strict=True))
+    whole = f"{left:,} of {plan.total:,} parameters of {len(plan.layers)} layers are left ({left / plan.total:.3f})"
+    if plan.divergence is not None:
+        whole += f"; {plan.divergence.what}: {plan.divergence(plan.edits(dict(enumerate(ranks)))):.2e}"
+    if not seen:
+        whole += "; without data this is the plain SVD of the weights: pass data=[…]"
+    context.noted(rewrite, plan.program.output, whole)
+
+
+def _all_one(stride: Any) -> bool:
+    return all(n == 1 for n in (stride if isinstance(stride, Sequence) else [stride]))

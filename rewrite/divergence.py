@@ -1,0 +1,104 @@
+"""How far a program moves when its weights do, on the user's data and without labels.
+
+KL(dense || edited) per token of the logits, or the mean relative error of the outputs of a model without logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .calibration import Data
+from .interpret import interpret
+from .program import Program
+
+
+class Divergence:
+    """The loss of edited weights against the program as it is.
+
+    Args:
+        calls: flat inputs; the program's own outputs on them are kept.
+
+    Attributes:
+        what: which of the two it is, for a report.
+    """
+
+    def __init__(self, program: Program, calls: Sequence[Sequence[Any]], tokens: str = "attention_mask") -> None:
+        self.program, self.calls = program, calls
+        self.logits = logits_of(program)
+        self.what = "relative error of the outputs" if self.logits is None else "KL of the logits"
+        names = [str(node.target) for node in program.placeholders]
+        self.mask = names.index(tokens) if tokens in names else None
+        self.wanted = [self._outputs(call, {}) for call in calls]
+
+    def __call__(self, weights: Mapping[str, Tensor], calls: Sequence[int] | None = None) -> float:
+        """The mean over the calls (by default all), with these tensors in the place of the weights of these names."""
+        chosen = range(len(self.calls)) if calls is None else calls
+        losses = [self._loss(self.wanted[i], self._outputs(self.calls[i], weights), self.calls[i]) for i in chosen]
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _outputs(self, call: Sequence[Any], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        table = self.program.weights
+        results = interpret(
+            self.program, call, weight=lambda name: weights[name] if name in weights else table.value(name), noise=False
+        )
+        chosen = results if self.logits is None else [results[self.logits]]
+        return [x.float() for x in chosen if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def _loss(self, wanted: list[Tensor], found: list[Tensor], call: Sequence[Any]) -> float:
+        if self.logits is None:
+            pairs = list(zip(wanted, found, strict=True))
+            return sum(float((b - a).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs) / max(1, len(pairs))
+        p, q = wanted[0].log_softmax(-1), found[0].log_softmax(-1)
+        rows = (p.exp() * (p - q)).sum(-1)
+        if self.mask is not None and call[self.mask].shape == rows.shape:
+            rows = rows[call[self.mask] != 0]
+        return float(rows.mean())
+
+
+def logits_of(program: Program) -> int | None:
+    """Which flat output is the user's ``logits``; None if there is no such."""
+    outputs = program.output.args[0]
+    assert isinstance(outputs, (tuple, list))
+    named = program.signature.unflatten(list(range(len(outputs))))
+    found = named.get("logits") if isinstance(named, Mapping) else getattr(named, "logits", None)
+    return found if isinstance(found, int) else None
+
+
+def sensitivities(
+    program: Program, data: Data, nodes: Mapping[fx.Node, int], tokens: str = "attention_mask", seed: int = 0
+) -> dict[fx.Node, Tensor]:
+    """E[g g^T] of the gradient g of the outputs' log-likelihood at nodes, [channels, channels] in float64.
+
+    An error e of a node moves the outputs by half of E[(g^T e)^2] in KL, to second order. The labels are drawn from the model
+    itself (the Fisher information, not its empirical stand-in), so none are needed; numbers are read as means of Gaussians.
+
+    Args:
+        nodes: and which of their axes holds the channels. A node that the outputs do not depend on is left out.
+        tokens: the input that is zero where a row of the logits does not count.
+    """
+    generator, at = torch.Generator().manual_seed(seed), logits_of(program)
+    names = [str(node.target) for node in program.placeholders]
+    found, rows = dict[fx.Node, Tensor](), dict[fx.Node, int]()
+
+    def loss(inputs: list[Any], outputs: tuple[Any, ...]) -> Tensor:
+        if at is None:
+            values = [x.float() for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
+            return torch.stack([(x * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in values]).sum()
+        logits, mask = outputs[at].float(), inputs[names.index(tokens)] if tokens in names else None
+        logits = logits[mask != 0] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+        likelihood: Tensor = logits.log_softmax(-1).gather(-1, labels).sum()
+        return -likelihood
+
+    def see(node: fx.Node, gradient: Tensor) -> None:
+        g = gradient.movedim(nodes[node], -1).flatten(0, -2).double()
+        found[node] = found[node] + g.T @ g if node in found else g.T @ g
+        rows[node] = rows.get(node, 0) + len(g)
+
+    data.gradients(program, list(nodes), loss, see)
+    return {node: G / rows[node] for node, G in found.items() if bool(G.isfinite().all()) and bool(G.any())}

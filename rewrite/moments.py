@@ -1,0 +1,74 @@
+"""First and second moments of values of a program over the user's data, one pass, in float64.
+
+Memory: n² + n numbers of 8 bytes for each distinct value of n channels; layers that read one value share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from .calibration import Data
+from .errors import UsageError
+from .factors import Moments
+from .program import Program, place
+
+ROWS = 8192
+"""Rows that are promoted at a time."""
+
+
+def moments(
+    program: Program, data: Data, values: Mapping[fx.Node, int], tokens: str = "attention_mask"
+) -> dict[fx.Node, Moments]:
+    """The moments of nodes over the tokens of all calls.
+
+    Args:
+        values: the nodes, and which of their axes holds the channels.
+        tokens: the input that is not zero where a token counts, if the model has one. A value of another shape counts whole.
+
+    Raises:
+        UsageError: as of ``Data.watch``, or a value is not finite.
+    """
+    mask_input = next((node for node in program.placeholders if node.target == tokens), None)
+    inputs = program.placeholders
+    early = set() if mask_input is None else {node for node in inputs[: inputs.index(mask_input)] if node in values}
+    found: dict[fx.Node, Moments] = {}
+    calls: dict[fx.Node, int] = {}
+    mask: Tensor | None = None
+    waiting: list[tuple[fx.Node, Tensor]] = []
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        nonlocal mask
+        if node is mask_input:
+            mask = value != 0
+            while waiting:
+                take(*waiting.pop())
+        if node in early:  # this call's mask is still to come
+            waiting.append((node, value))
+        elif node in values:
+            take(node, value)
+
+    def take(node: fx.Node, value: Tensor) -> None:
+        calls[node] = calls.get(node, 0) + 1
+        x = value.movedim(values[node], -1)
+        rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+        if not rows.isfinite().all():
+            what = f"data[{calls[node] - 1}]: '{node.name}' at {place(node)} holds NaN or infinity"
+            raise UsageError(what, hint="a covariance needs finite values: look at this call, or at the dtype")
+        found[node] = _added(found.get(node), rows)
+
+    data.watch(program, [node for node in (mask_input, *values) if node is not None], see)
+    return found
+
+
+def _added(known: Moments | None, rows: Tensor) -> Moments:
+    n = rows.shape[-1]
+    second = rows.new_zeros((n, n), dtype=torch.float64) if known is None else known.second
+    first = rows.new_zeros(n, dtype=torch.float64) if known is None else known.first
+    for part in torch.split(rows, ROWS):
+        promoted = part.double()
+        second.addmm_(promoted.T, promoted)
+        first += promoted.sum(0)
+    return Moments(second, first, len(rows) + (0 if known is None else known.count))

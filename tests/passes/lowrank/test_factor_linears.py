@@ -1,0 +1,258 @@
+"""Linear layers become two thin ones within a budget, the best of their rank on the data; what may not be factored says why."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import tautomer
+from tautomer.passes.lowrank.factor_linears import FactorLinears
+from tautomer.passes.recipes import EXACT
+from tautomer.rewrite.errors import UsageError
+
+aten = torch.ops.aten
+D = 32
+NAME = "factor-linears"
+CLEAN = ["drop-dead-code", "drop-unused-weights", "name-weights"]
+
+
+class Net(nn.Module):
+    """Two linear layers with one input, one stored transposed, one without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(D, 2 * D), nn.Linear(D, 2 * D, bias=False)
+        self.down = Conv1D(D, 2 * D)
+        nn.init.normal_(self.down.weight, std=0.2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def inputs(count: int = 6) -> list[Tensor]:
+    """Channels that depend on each other, with a mean."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(D, D, generator=generator) @ torch.diag(torch.logspace(0, -2, D))
+    return [torch.randn(4, 20, D, generator=generator) @ mixing.T + 1 for _ in range(count)]
+
+
+def optimize(model: nn.Module, data: Any, rewrite: Any, *args: Any, **options: Any) -> Any:
+    return tautomer.optimize(model, args or (inputs(1)[0][:2, :5],), passes=[rewrite, *CLEAN], data=data, **options)
+
+
+def difference(model: nn.Module, other: nn.Module, data: list[Tensor]) -> float:
+    with torch.no_grad():
+        return float(sum((model(x) - other(x)).square().sum() / model(x).square().sum() for x in data))
+
+
+WAYS = [{"generations": 2}, {"allocation": "measured", "error": "layer"}, {"allocation": "uniform"}]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=["predicted", "measured", "uniform"])
+def test_it_fires_and_keeps_the_budget(options: dict[str, Any]) -> None:
+    model, data = Net().eval(), inputs()
+    fast = optimize(model, data, FactorLinears(0.5, **options))
+    total = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    left = sum(p.numel() for p in fast.parameters() if p.ndim == 2)
+    assert fast.report.fired(NAME) >= 2 and left <= 0.5 * total
+    assert f"{left:,} of {total:,} parameters of 3 layers are left" in str(fast.report).replace("\n", " ")
+    assert options.get("allocation") == "uniform" or "relative error of the outputs" in str(fast.report).replace("\n", " ")
+    assert sum(p.numel() for p in fast.parameters()) == fast.report.after.parameters
+    assert difference(model, fast, data) < 0.25 * difference(
+        model, optimize(model, None, FactorLinears(0.5, generations=2)), data
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(D, 2 * D), lambda: Conv1D(2 * D, D), lambda: nn.Linear(D, D, bias=False)])
+def test_the_factors_are_those_of_the_equation(make: Any) -> None:
+    """Against the textbook, in float64: eigenvectors of W C W^T with the centred covariance where there is a bias."""
+    layer, data = make().double().eval(), [x.double() for x in inputs()]
+    fast = optimize(layer, data, FactorLinears(0.5, allocation="uniform", error="layer"), data[0])
+    X = torch.cat([x.flatten(0, 1) for x in data])
+    W = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().T
+    b = layer.bias
+    mu = X.mean(0) if b is not None else torch.zeros(D, dtype=torch.float64)
+    C = (X - mu).T @ (X - mu) / len(X)
+    rank = int(0.5 * W.numel() / sum(W.shape)) // 8 * 8
+    P = torch.linalg.eigh(W @ C @ W.T)[1][:, -rank:]
+    wanted = X @ W.T @ P @ P.T + ((W - P @ P.T @ W) @ mu + (0 if b is None else b.detach()))
+    found = torch.cat([fast(x).flatten(0, 1) for x in data])
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert fast.program.count(aten.linear.default) == 2
+    assert sum(p.numel() for p in fast.parameters() if p.ndim == 2) == rank * sum(W.shape)
+
+
+def test_convolutions_that_are_linear_layers() -> None:
+    class Pointwise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.point, self.wide = nn.Conv2d(D, D, 1), nn.Conv2d(D, D, 3)
+            self.strided, self.grouped = nn.Conv2d(D, D, 1, stride=2), nn.Conv2d(D, D, 1, groups=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.grouped(self.strided(self.wide(F.relu(self.point(x)))))
+
+    model, x = Pointwise().double().eval(), torch.randn(2, D, 9, 9, dtype=torch.float64)
+    fast = optimize(model, [x], FactorLinears(0.5, allocation="uniform"), x)
+    assert fast.report.fired(NAME) == 1
+    assert [r.reason for r in fast.report.refusals].count(
+        "a convolution is a linear layer only with kernel and stride 1, without groups and padding"
+    ) == 3
+    flat = nn.Linear(D, D).double()
+    flat.weight, flat.bias = nn.Parameter(model.point.weight.detach().flatten(1)), model.point.bias
+    rows = x.movedim(1, -1)
+    alone = optimize(flat, [rows], FactorLinears(0.5, allocation="uniform", error="layer"), rows)
+    wanted = copy.deepcopy(model)
+    wanted.point = nn.Identity()
+    torch.testing.assert_close(fast(x), wanted(alone(rows).movedim(-1, 1)), rtol=1e-9, atol=1e-9)
+
+
+def test_from_ratio_1_on_nothing_happens() -> None:
+    model = Net().eval()
+    for ratio in (1, 1.5):
+        fast = optimize(model, inputs(), FactorLinears(ratio))
+        assert not fast.report.fired(NAME) and fast.program.count(aten.linear.default) == 3
+        assert {p.data_ptr() for p in fast.parameters()} == {p.data_ptr() for p in model.parameters()}
+
+
+def test_weights_that_something_else_reads_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.twice, self.head = nn.Embedding(50, D), nn.Linear(D, D), nn.Linear(D, 50, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.twice(self.twice(self.table(ids)).tanh()))
+
+    ids = torch.randint(50, (3, 7))
+    fast = optimize(Tied().eval(), [ids], FactorLinears(0.5), ids)
+    reasons = " ".join(r.reason for r in fast.report.refusals)
+    assert not fast.report.fired(NAME)
+    assert "'head.weight' is also read by aten.embedding" in reasons or "'table.weight' is also read by aten.embedding" in reasons
+    assert "'twice.weight' is also read by aten.linear" in reasons
+
+
+def test_computed_weights_are_refused() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = nn.Parameter(torch.randn(D, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.W * x.mean())
+
+    fast = optimize(Computed().eval(), inputs(), FactorLinears(0.5, generations=2))
+    assert [r.reason for r in fast.report.refusals] == ["the weight is computed at run time, or from others: fold-weights first"]
+
+
+def test_with_live_edits_it_refuses() -> None:
+    fast = tautomer.optimize(Net(), (inputs()[0],), recipe="training", passes=[FactorLinears(0.5)], data=inputs())
+    assert not fast.report.fired(NAME) and "factor the model first" in fast.report.refusals[0].reason
+
+
+@pytest.mark.parametrize(
+    "options", [{"ratio": 0}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"}]
+)
+def test_wrong_arguments(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        FactorLinears(**options)
+    if "multiple" in options:
+        with pytest.raises(UsageError):
+            tautomer.Compress(**options)
+
+
+def test_a_budget_below_the_floor() -> None:
+    with pytest.raises(UsageError, match="the smallest factors have"):
+        optimize(Net().eval(), inputs(), FactorLinears(0.01))
+
+
+def test_values_that_are_not_finite() -> None:
+    data = inputs()
+    data[2][0, 0, 0] = torch.inf
+    with pytest.raises(UsageError, match=r"data\[2\].*NaN or infinity"):
+        optimize(Net().eval(), data, FactorLinears(0.5, generations=2))
+
+
+def test_few_tokens_are_said() -> None:
+    few = [inputs()[0][:1, :8]]
+    report = optimize(Net().eval(), few, FactorLinears(0.5, generations=2)).report
+    assert any("8 tokens tell little of 32 channels" in note.text for note in report.notes)
+
+
+def test_without_data_it_is_the_plain_svd_and_says_so() -> None:
+    fast = optimize(Net().eval(), None, FactorLinears(0.5, generations=2))
+    assert fast.report.fired(NAME) == 3 and any("plain SVD" in note.text for note in fast.report.notes)
+
+
+def test_padding_does_not_count() -> None:
+    model = nn.Linear(D, D).eval()
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = model
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.linear(x) * attention_mask.unsqueeze(-1)
+
+    x, mask = inputs(1)[0], torch.ones(4, 20)
+    mask[:, 12:] = 0
+    noise = torch.where(mask.bool().unsqueeze(-1), x, 100 * torch.randn_like(x))
+    made = [optimize(Masked().eval(), [(y, mask)], FactorLinears(0.5, allocation="uniform"), y, mask) for y in (x, noise)]
+    torch.testing.assert_close(made[0](x, mask), made[1](x, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model, data = Net().eval(), inputs()
+    half = copy.deepcopy(model).to(dtype)
+    fast = optimize(half, [x.to(dtype) for x in data], FactorLinears(0.5), data[0].to(dtype))
+    assert {p.dtype for p in fast.parameters()} == {dtype}
+    assert difference(half.float(), fast.float(), data) < 1.1 * difference(
+        model, optimize(model, data, FactorLinears(0.5, generations=2)), data
+    )
+
+
+def test_only_and_skip_and_fuel() -> None:
+    model = Net().eval()
+    assert optimize(model, inputs(), FactorLinears(0.5), only=["gate"]).report.fired(NAME) == 1
+    assert optimize(model, inputs(), FactorLinears(0.5, allocation="uniform"), skip=["down"]).report.fired(NAME) == 2
+    assert optimize(model, inputs(), FactorLinears(0.5, allocation="uniform"), fuel=1).report.fired(NAME) == 1
+
+
+def test_the_recipe_trains_saves_loads_and_shrinks_the_file(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 96)).eval(), [torch.randn(50, 96) for _ in range(4)]
+    fast = tautomer.optimize(model, (data[0],), recipe=tautomer.Compress(ratio=0.4, generations=2), data=data)
+    assert fast.report.fired(NAME) == 2
+    tautomer.export_onnx(model, tmp_path / "dense.onnx", (data[0],))
+    tautomer.export_onnx(fast, tmp_path / "thin.onnx", (data[0],))  # compared with PyTorch there
+    files = [onnx.load(tmp_path / name) for name in ("dense.onnx", "thin.onnx")]
+    stored = [sum(torch.Size(t.dims).numel() for t in file.graph.initializer if t.data_type == 1) for file in files]
+    counted = [sum(p.numel() for p in module.parameters()) for module in (model, fast)]
+    assert stored[0] - stored[1] == counted[0] - counted[1] >= 0.59 * 2 * 96 * 128
+
+    tautomer.save(fast, tmp_path / "saved")
+    assert torch.equal(tautomer.load(tmp_path / "saved")(data[0]), fast(data[0]))
+
+    before = (fast(data[0]) - model(data[0])).square().mean().item()
+    optimizer = torch.optim.Adam(fast.parameters(), lr=1e-3)
+    for _ in range(30):
+        loss = (fast(data[0]) - model(data[0]).detach()).square().mean()
+        loss.backward()
+        assert all(p.grad is not None for p in fast.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.8 * before
+
+
+def test_in_no_exact_recipe() -> None:
+    assert FactorLinears not in EXACT and FactorLinears.claim.opt_in
