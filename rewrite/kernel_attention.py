@@ -130,7 +130,7 @@ def causal_sum(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, chunk: int, le
         rows, decay = states.transpose(-3, -2), whole.squeeze(-2).mT.unsqueeze(-1)
     one = torch.ones_like(decay)
     carried = causal_sum(one, one, rows, decay, 16, levels - 1)
-    carried = carried.squeeze(-3).unflatten(-1, states.shape[-2:]) if g.shape[-1] == 1 else carried.transpose(-3, -2)
+    carried = torch.unflatten(carried.squeeze(-3), -1, states.shape[-2:]) if g.shape[-1] == 1 else carried.transpose(-3, -2)
     return from_chunks(weighted(q, k, g) @ v + (q * g.exp()) @ shifted(carried, 1), n)
 
 
@@ -162,7 +162,7 @@ def in_chunks(x: Tensor, chunk: int) -> Tensor:
     """[..., n, f] → [..., chunks, chunk, f], zero where there is no row; the first chunk is empty."""
     n = x.shape[-2]
     if isinstance(n, int):
-        return F.pad(x, (0, 0, chunk, -n % chunk)).unflatten(-2, (-1, chunk))
+        return torch.unflatten(F.pad(x, (0, 0, chunk, -n % chunk)), -2, (-1, chunk))
     rows = chunk_rows(n, chunk, x.device)
     return x[..., rows.clamp(0, n - 1), :].masked_fill(((rows < 0) | (rows >= n)).unsqueeze(-1), 0.0)
 

@@ -144,7 +144,7 @@ class _Pupil:
 
     @property
     def finished(self) -> bool:
-        return self.optimizer.param_groups[0]["lr"] <= SLOWEST
+        return bool(self.optimizer.param_groups[0]["lr"] <= SLOWEST)
 
     @torch.enable_grad()
     def learn(self, values: Mapping[fx.Node, Tensor]) -> None:
