@@ -1,7 +1,4 @@
 """tautomer.nn: layers for models that will be trained, where a graph cannot hold what a layer remembers between steps.
-"""tautomer.nn: norms and attentions for models that will be trained.
-
-Where a graph cannot hold what a norm remembers between steps:
 
 offline.py       What offline norms share: statistics over tokens, the diagonal map at inference, a padding mask
 unified_norm.py  UN: a geometric mean over the last steps, and its backward
@@ -19,6 +16,7 @@ trained_rank.py  Weights kept near a low rank while they train, then cut into fa
 cond_low_rank.py A low-rank layer whose condition number stays bounded (CondLR)
 correction.py    What quantisation took from a layer, given back by a branch of low rank (LoRC, whitened)
 linears.py       The linear layers of a model become structured ones, in place
+
 Attention in linear time, to train from scratch:
 
 galerkin_attention.py  Fourier and Galerkin attention, for operators between functions
@@ -31,10 +29,10 @@ from .callbacks import Callback, trainer_callback
 from .cond_low_rank import CondLowRank, CondLowRankLinear
 from .correction import CorrectedLinear, corrected
 from .crms_norm import CRMSNorm
-from .linears import replace_linears
-from .low_rank import LowRankLinear
 from .galerkin_attention import GalerkinAttention
 from .lightning import LightningAttention, LightningBlock
+from .linears import replace_linears
+from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
 from .power_norm import PowerNorm
 from .replace import replace_layer_norms
@@ -51,6 +49,9 @@ __all__ = [
     "CondLowRank",
     "CondLowRankLinear",
     "CorrectedLinear",
+    "GalerkinAttention",
+    "LightningAttention",
+    "LightningBlock",
     "LowRankLinear",
     "OfflineNorm",
     "PowerNorm",
@@ -64,13 +65,4 @@ __all__ = [
     "replace_layer_norms",
     "replace_linears",
     "trainer_callback",
-    "CRMSNorm",
-    "GalerkinAttention",
-    "LightningAttention",
-    "LightningBlock",
-    "OfflineNorm",
-    "PowerNorm",
-    "UnifiedNorm",
-    "padding",
-    "replace_layer_norms",
 ]

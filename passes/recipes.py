@@ -28,9 +28,9 @@ from .attention.nystrom_attention import NystromAttention
 from .attention.pack_attention import PackAttention
 from .attention.pack_cached_attention import PackCachedAttention
 from .attention.raise_cached_mask import RaiseCachedMask
+from .attention.split_heads import SplitHeads
 from .attention.substitutes import METHODS
 from .attention.window_attention import WindowAttention, WindowMask
-from .attention.split_heads import SplitHeads
 from .cleanup.drop_dead_code import DropDeadCode
 from .cleanup.drop_unused_weights import DropUnusedWeights
 from .cleanup.fold_constants import FoldConstants

@@ -26,7 +26,6 @@ BODIES = {
     "packed_attention.v1": "153214808a60",
     "cached_attention.v1": "0ae929cbd774",
     "block_linear.v1": "3fde3f379185",
-    "kernel_attention.v1": "c95a2a7afcc3",
     "kernel_attention.v1": "8681f5964d7d",
     "kernel_attention_step.v1": "70caf5aa3190",
     "hybrid_attention.v1": "812bece80f36",
