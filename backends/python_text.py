@@ -223,7 +223,7 @@ def wrapped_all(lines: Iterable[str], indent: int) -> list[str]:
 
 
 def semantic(used: Iterable[str]) -> list[str]:
-    """The functions of the semantic ops that a text uses, as their library has them."""
+    """The functions of the semantic ops that a text uses, as their library has them, and those that they call."""
     lines = list[str]()
     for source in dict.fromkeys(source for name in used for source in SEMANTIC_NAMES[name].sources):
         lines += ["", ""]

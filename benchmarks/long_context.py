@@ -3,10 +3,12 @@
     python benchmarks/long_context.py                                     quality on the shipped model over bytes: minutes
     python benchmarks/long_context.py --time --longest 32768              time against n: 12 heads of 64, one CPU thread
     python benchmarks/long_context.py --rows window --batches 2           a small run
+    python benchmarks/long_context.py --learn 250                         quality of forms that learn: minutes a row
 
 Quality: the cross-entropy of the model of examples/byte_lm (4 layers, 128 positions) on sources it was not trained on, every
-attention replaced, nothing trained. Time: medians of calls that alternate with ``scaled_dot_product_attention``, and the exponent
-of n that fits them. A row is a name, a method and its options.
+attention replaced, nothing trained; with ``--learn``, the new weights trained for so many steps of 16 windows of sources that the
+model was trained on. Time: medians of calls that alternate with ``scaled_dot_product_attention``, and the exponent of n that fits
+them. A row is a name, a method and its options.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 import tautomer
+from tautomer.passes.attention.feature_maps import Elu, Hedgehog, LogNormal, Relu
 from tautomer.passes.attention.substitutes import METHODS
+from tautomer.passes.attention.transfer import Transfer
 from tautomer.rewrite.attentions import Masking
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -44,12 +48,23 @@ QUALITY: tuple[Row, ...] = (
     ("HyperAttention, leaf 64, block 16, 16 samples", "hyper", {"leaf": 64, "block": 16, "samples": 16}),
     ("HyperAttention, leaf 32, block 16, 16 samples", "hyper", {"leaf": 32, "block": 16, "samples": 16}),
 )
+LEARNT: tuple[Row, ...] = (
+    ("hybrid, window 16", "hybrid", {"window": 16}),
+    ("hybrid, window 32", "hybrid", {"window": 32}),
+    ("kernel, Hedgehog", "kernel", {"feature_map": Hedgehog()}),
+    ("kernel, T2R", "kernel", {"feature_map": Relu()}),
+    ("kernel, elu + 1 (learns nothing)", "kernel", {"feature_map": Elu()}),
+    ("kernel, LLN (learns nothing)", "kernel", {"feature_map": LogNormal()}),
+    ("kernel, LLN and softmax in blocks of 32 (learns nothing)", "kernel", {"feature_map": LogNormal(), "diagonal": 32}),
+)
 TIME: tuple[Row, ...] = (
     ("window 256, 4 sinks", "window", {}),
     ("HyperAttention", "hyper", {}),
     ("Nyström, 64 landmarks", "nystrom", {}),
     ("Linformer, 64 slots", "linformer", {"longest": 65536}),
     ("Loki, gathered", "loki", {"keys": 256, "rank": 16}),
+    ("kernel, Hedgehog", "kernel", {"architecture": True}),
+    ("hybrid, window 64", "hybrid", {"architecture": True}),
 )
 
 
@@ -60,11 +75,14 @@ def cross_entropy(model: Callable[[Tensor], Any], data: Sequence[Tensor]) -> flo
     return statistics.fmean(losses)
 
 
-def quality(rows: Sequence[Row], batches: int) -> None:
+def quality(rows: Sequence[Row], batches: int, steps: int) -> None:
     model = GPT2LMHeadModel.from_pretrained(SHIPPED, dtype=torch.float32).eval()
     model.config.use_cache = False
     measured = list(windows(corpus(held_out=True), batches, 64, seed=1))
     calibration = list(windows(corpus(held_out=False), 2, 32, seed=2))
+    if steps:  # one call in eight is held out
+        calibration = list(windows(corpus(held_out=False), steps + steps // 7 + 1, 16, seed=5))
+        rows = [(name, method, {**options, "transfer": Transfer(steps=steps)}) for name, method, options in rows]
     dense = cross_entropy(model, measured)
     print(f"{len(measured) * 64} windows of 128 bytes\n\n| form | nats per byte | over attention | KL |\n|---|---|---|---|")
     print(f"| attention | {dense:.4f} | – | – |")
@@ -103,8 +121,8 @@ def time(rows: Sequence[Row], longest: int, repeats: int) -> None:
         causal = Masking.CAUSAL in METHODS[method].represents
         example = tuple(torch.randn(1, 12, 1024, 64) for _ in range(3))
         core = Core(causal).eval()
-        rewrite = METHODS[method](**options)
-        fast = tautomer.optimize(core, example, passes=[rewrite], data=[example], dynamic_shapes=dynamic(), check=False)
+        rewrite, data = METHODS[method](**options), None if options.get("architecture") else [example]
+        fast = tautomer.optimize(core, example, passes=[rewrite], data=data, dynamic_shapes=dynamic(), check=False)
         assert fast.report.fired(rewrite.name) == 1, fast.report
         found: dict[str, list[float]] = {"attention, causal" if causal else "attention": [], name: []}
         for n in lengths:
@@ -133,16 +151,18 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time instead of quality")
     parser.add_argument("--rows", help="only rows whose name has this in it")
     parser.add_argument("--batches", type=int, default=16, help="of 64 windows each, for quality")
+    parser.add_argument("--learn", type=int, default=0, help="steps of attention transfer, for the quality of forms that learn")
     parser.add_argument("--longest", type=int, default=8192, help="the longest sequence, for time")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [row for row in (TIME if options.time else QUALITY) if (options.rows or "").lower() in row[0].lower()]
+    every = TIME if options.time else LEARNT if options.learn else QUALITY
+    rows = [row for row in every if (options.rows or "").lower() in row[0].lower()]
     if options.time:
         time(rows, options.longest, options.repeats)
     else:
-        quality(rows, options.batches)
+        quality(rows, options.batches, options.learn)
 
 
 if __name__ == "__main__":

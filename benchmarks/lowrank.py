@@ -6,8 +6,8 @@
 Peers in the same run, all of them through ``FactorLinears``: the plain SVD; a scale per channel, rms(x)^0.5 (the form of ASVD,
 arXiv:2312.05821: a diagonal covariance); the whole covariance at one ratio in every layer (SVD-LLM with its bias corrected,
 arXiv:2403.07378), and with the budget where measured losses send it; ours, with errors counted by what the outputs lose. Ranks
-are multiples of 8 only where it says so. ``--generations`` adds a search, ``--recover`` trains each for some steps on the training
-half, AdamW at 3e-4.
+are multiples of 8 only where it says so. ``--generations`` adds a search, ``--recover`` trains each for some steps, AdamW at
+3e-4.
 """
 
 from __future__ import annotations

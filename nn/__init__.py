@@ -16,6 +16,11 @@ trained_rank.py  Weights kept near a low rank while they train, then cut into fa
 cond_low_rank.py A low-rank layer whose condition number stays bounded (CondLR)
 correction.py    What quantisation took from a layer, given back by a branch of low rank (LoRC, whitened)
 linears.py       The linear layers of a model become structured ones, in place
+
+Attention in linear time, to train from scratch:
+
+galerkin_attention.py  Fourier and Galerkin attention, for operators between functions
+lightning.py           The block of TransNormerLLM: Lightning attention with decay, and its gated unit
 """
 
 from .block_dense import BlockDenseLinear
@@ -24,6 +29,8 @@ from .callbacks import Callback, trainer_callback
 from .cond_low_rank import CondLowRank, CondLowRankLinear
 from .correction import CorrectedLinear, corrected
 from .crms_norm import CRMSNorm
+from .galerkin_attention import GalerkinAttention
+from .lightning import LightningAttention, LightningBlock
 from .linears import replace_linears
 from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
@@ -42,6 +49,9 @@ __all__ = [
     "CondLowRank",
     "CondLowRankLinear",
     "CorrectedLinear",
+    "GalerkinAttention",
+    "LightningAttention",
+    "LightningBlock",
     "LowRankLinear",
     "OfflineNorm",
     "PowerNorm",

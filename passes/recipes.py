@@ -16,7 +16,10 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Pass
 from tautomer.rewrite.streams import AfterDropout
 
+from .attention.gated_attention import GatedAttention
+from .attention.hybrid_attention import HybridAttention
 from .attention.hyper_attention import HyperAttention
+from .attention.kernel_attention import KernelAttention
 from .attention.linformer_attention import LinformerAttention
 from .attention.loki_attention import LokiAttention
 from .attention.merge_parallel_linears import MergeParallelLinears
@@ -205,6 +208,9 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     HyperAttention,
     NystromAttention,
     LinformerAttention,
+    KernelAttention,
+    HybridAttention,
+    GatedAttention,
 )
 """A user asks for these, by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)

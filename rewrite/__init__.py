@@ -25,6 +25,8 @@ What everything speaks of:
 
 One vocabulary, and emission in it:
 
+    kernel_attention.py    Attention by a kernel: quadratic, recurrent and in chunks, with decay
+    hybrid_attention.py    Softmax over the nearest keys, and a kernel for the rest
     subset_attention.py    Attention over a subset of the keys
     landmark_attention.py  Attention through a few landmarks, which stand for segments of the sequence
     library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning

@@ -38,8 +38,8 @@ Carriers = tuple[Value, ...] | None
 
 
 def shape(node: Any) -> Sequence[Size]:
-    """The sizes of a node's tensor; empty for a scalar, a constant or a node that is no tensor."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    """The sizes of a node's tensor, or of a tensor; empty for a scalar, a constant or a node that is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else node
     return value.shape if isinstance(value, Tensor) else ()
 
 

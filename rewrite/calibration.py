@@ -38,12 +38,15 @@ class Data:
             raise UsageError(f"data is an iterable of example calls, not one {shown}", hint="data=[…] or a DataLoader")
 
     @torch.no_grad()
-    def watch(self, program: Program, nodes: Collection[fx.Node], see: Observer) -> int:
+    def watch(
+        self, program: Program, nodes: Collection[fx.Node], see: Observer, only: Callable[[int], bool] = lambda call: True
+    ) -> int:
         """Run ``program`` once on every call, in its own dtype and without dropout.
 
         Args:
             nodes: whose values are shown, in the order of the graph, call by call.
             see: takes a node and its value; it must not keep the value.
+            only: whether to run a call, by its number from 0; asked when its turn comes.
 
         Returns:
             The number of calls.
@@ -58,7 +61,7 @@ class Data:
             if node in wanted:
                 see(node, value)
 
-        return self._run((program,), lambda inputs, outputs: None, observe)
+        return self._run((program,), lambda inputs, outputs: None, observe, only)
 
     @torch.no_grad()
     def outputs(self, programs: Sequence[Program], see: Callable[[Sequence[Any], list[tuple[Any, ...]]], None]) -> int:
@@ -68,9 +71,14 @@ class Data:
         """
         return self._run(programs, see)
 
-    def _run(self, programs: Sequence[Program], see: Callable[..., None], observe: Observer | None = None) -> int:
+    def _run(
+        self, programs: Sequence[Program], see: Callable[..., None], observe: Observer | None = None,
+        only: Callable[[int], bool] = lambda call: True,
+    ) -> int:  # fmt: skip
         count = 0
         for count, flat in enumerate(self.each(programs[0]), 1):
+            if not only(count - 1):
+                continue
             try:
                 found = [interpret(program, flat, observe=observe, noise=False) for program in programs]
             except TautomerError:

@@ -13,7 +13,9 @@ Where an error e of the output costs e^T G e, the error is weighed with a root R
     W ≈ R^-1 P_r (P_r^T R W),    P_r the first r eigenvectors of R W C W^T R
 
 With the G that ``sensitivities`` measures, the tails of all layers speak of one thing, what the outputs of the model lose (to
-second order, as if layers erred independently), and may be compared and summed. (Fisher information on one side: arXiv:2207.00112.)
+second order, as if layers erred independently), and may be compared and summed.
+
+arXiv:2403.07378 (SVD-LLM), arXiv:2207.00112 (FWSVD: Fisher information on one side).
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .hybrid_attention import block_attention, hybrid_attention, hybrid_attention_step
+from .kernel_attention import kernel_attention, kernel_attention_step
 from .landmark_attention import linformer_attention, nystrom_attention
 from .subset_attention import hyper_attention, top_attention, window_attention
 
@@ -44,15 +46,16 @@ class Semantic:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The texts of the functions of its file that the body calls, and of the body itself."""
+        """The texts of the functions of tautomer that the body calls, and of the body itself."""
         found, stack = set[FunctionType](), [self.body]
         while stack:
             function = stack.pop()
-            if isinstance(function, FunctionType) and function.__module__ == self.body.__module__ and function not in found:
+            ours = isinstance(function, FunctionType) and function.__module__.startswith("tautomer.")
+            if isinstance(function, FunctionType) and ours and function not in found:
                 found.add(function)
                 named = [function.__globals__.get(name) for name in _names(function.__code__)]
                 stack += [other for other in named if isinstance(other, FunctionType)]
-        ordered = sorted(found, key=lambda function: (function is self.body, function.__code__.co_firstlineno))
+        ordered = sorted(found, key=lambda f: (f is self.body, f.__module__ == self.body.__module__, f.__code__.co_firstlineno))
         return tuple(map(inspect.getsource, ordered))
 
 
@@ -264,6 +267,35 @@ SEMANTIC = (
         cached_attention,
     ),
     Semantic("block_linear.v1(Tensor x, Tensor blocks) -> Tensor", block_linear),
+    Semantic(
+        "kernel_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? log_decay=None, Tensor? keep=None, "
+        "bool causal=False, bool normalized=True, int chunk=64) -> Tensor",
+        kernel_attention,
+        heads_last,
+    ),
+    Semantic(
+        "kernel_attention_step.v1(Tensor query, Tensor key, Tensor value, Tensor state, Tensor? log_decay=None, "
+        "bool normalized=True) -> (Tensor, Tensor)",
+        kernel_attention_step,
+    ),
+    Semantic(
+        "hybrid_attention.v1(Tensor query, Tensor key, Tensor value, Tensor query_features, Tensor key_features, Tensor gate, "
+        "int window, bool terraced=False, Tensor? keep=None, float? scale=None) -> Tensor",
+        hybrid_attention,
+        heads_last,
+    ),
+    Semantic(
+        "hybrid_attention_step.v1(Tensor query, Tensor key, Tensor value, Tensor query_features, Tensor key_features, "
+        "Tensor gate, Tensor state, Tensor keys, Tensor values, Tensor features, Tensor position, float? scale=None) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        hybrid_attention_step,
+    ),
+    Semantic(
+        "block_attention.v1(Tensor query, Tensor key, Tensor value, int block, bool causal=False, Tensor? keep=None, "
+        "float? scale=None) -> Tensor",
+        block_attention,
+        heads_last,
+    ),
     Semantic(
         "window_attention.v1(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int window, int sinks=0, "
         "bool causal=False, bool blocks=True) -> Tensor",

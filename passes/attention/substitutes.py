@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .gated_attention import GatedAttention
+from .hybrid_attention import HybridAttention
 from .hyper_attention import HyperAttention
+from .kernel_attention import KernelAttention
 from .linformer_attention import LinformerAttention
 from .loki_attention import LokiAttention
 from .nystrom_attention import NystromAttention
@@ -18,4 +21,7 @@ METHODS: Mapping[str, type[SubstituteAttention]] = {
     "hyper": HyperAttention,
     "nystrom": NystromAttention,
     "linformer": LinformerAttention,
+    "kernel": KernelAttention,
+    "hybrid": HybridAttention,
+    "gated": GatedAttention,
 }

@@ -23,9 +23,14 @@ BODIES = {
     "glu.v1": "172b445a405d",
     "rotary.v1": "a0afd8bf4095",
     "normalize.v1": "e21d0718fe1b",
-    "block_linear.v1": "3fde3f379185",
     "packed_attention.v1": "153214808a60",
     "cached_attention.v1": "0ae929cbd774",
+    "block_linear.v1": "3fde3f379185",
+    "kernel_attention.v1": "8681f5964d7d",
+    "kernel_attention_step.v1": "70caf5aa3190",
+    "hybrid_attention.v1": "812bece80f36",
+    "hybrid_attention_step.v1": "3025f17e2141",
+    "block_attention.v1": "011795f0a924",
     "window_attention.v1": "b43df3cff065",
     "top_attention.v1": "7ed06fe4d711",
     "hyper_attention.v1": "8b83b7e8fe59",
@@ -165,6 +170,16 @@ class Calls(nn.Module):
         return self.call(x)
 
 
+def _heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[4, 8] → features of queries and keys, and values, of four heads, eight positions and one channel."""
+    return x.exp().view(1, 4, 8, 1), x.cos().exp().view(1, 4, 8, 1), x.sin().view(1, 4, 8, 1)
+
+
+def _step(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _heads(x)
+    return q[:, :, :1], k[:, :, :1], v[:, :, :1]
+
+
 @pytest.mark.parametrize("op", [op for op in SEMANTIC if op.fake], ids=lambda op: op.name)
 def test_what_stands_for_a_body_has_its_shape_and_strides(op: Any) -> None:
     found = CALLS[op.name](torch.randn(4, 8, dtype=torch.float64))
@@ -190,6 +205,17 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
         x[None], x[None].sin(), x[None].cos(), x.exp().view(1, 4, 4, 2), x.tanh().view(1, 4, 4, 2), None, 4, 4, True
     )[0],
     "block_linear.v1": lambda x: tautomer.block_linear.v1(x.view(4, 2, 4), x.tanh().view(2, 4, 4)),
+    "kernel_attention.v1": lambda x: tautomer.kernel_attention.v1(
+        *heads(x), -x.exp().view(1, 2, 8, 2), None, True, normalized=False, chunk=3
+    ),
+    "kernel_attention_step.v1": lambda x: tautomer.kernel_attention_step.v1(*_step(x), x[:, :2].reshape(1, 4, 1, 2))[0],
+    "hybrid_attention.v1": lambda x: tautomer.hybrid_attention.v1(
+        *heads(x), heads(x.square())[0], heads(x.exp())[0], x.sin()[:2, 0], 3
+    ),
+    "block_attention.v1": lambda x: tautomer.block_attention.v1(*heads(x), 3, True),
+    "hybrid_attention_step.v1": lambda x: tautomer.hybrid_attention_step.v1(
+        *_step(x), *_step(x)[:2], x.sin()[:, 0], x[:, :2].reshape(1, 4, 1, 2), *_heads(x), torch.tensor(9)
+    )[0],
     "window_attention.v1": lambda x: tautomer.window_attention.v1(*heads(x), None, 0.3, 3, 1, True),
     "top_attention.v1": lambda x: tautomer.top_attention.v1(*heads(x), x[:1, :4].view(2, 2, 1), None, 0.3, 3, 0, True),
     "hyper_attention.v1": lambda x: tautomer.hyper_attention.v1(

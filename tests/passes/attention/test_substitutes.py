@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tautomer
 from tautomer.passes.attention.substitutes import METHODS
+from tautomer.passes.attention.transfer import Transfer
 from tautomer.rewrite.attentions import Masking
 
 CASES: dict[str, dict[str, Any]] = {
@@ -24,6 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
     "hyper": {"block": 2, "samples": 3, "leaf": 4, "longest": 16},
     "nystrom": {"landmarks": 4},
     "linformer": {"slots": 4, "longest": 16},
+    "kernel": {"chunk": 4, "diagonal": 5, "transfer": Transfer(steps=1)},
+    "hybrid": {"window": 3, "transfer": Transfer(steps=1)},
+    "gated": {"window": 3, "chunk": 4, "architecture": True},
 }
 """Options with which a sequence of 13 is long, and blocks, segments and leaves do not divide it."""
 CAUSAL = [name for name in CASES if Masking.CAUSAL in METHODS[name].represents]
