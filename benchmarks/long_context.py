@@ -90,7 +90,7 @@ def quality(rows: Sequence[Row], batches: int, steps: int) -> None:
         recipe = tautomer.LongContext(method, **options)
         fast = tautomer.optimize(model, (calibration[0][:2],), recipe=recipe, data=calibration)
         assert fast.report.fired(recipe.substitute.name) == 4, fast.report
-        moved = next(note.text.split("KL of ")[1].split()[0] for note in fast.report.notes if "KL of" in note.text)
+        moved = next(note.text.split("KL of the logits of ")[1].split()[0] for note in fast.report.notes if "KL of" in note.text)
         loss = cross_entropy(fast, measured)
         print(f"| {name} | {loss:.4f} | {loss - dense:+.4f} | {moved} |", flush=True)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from .calibration import Data
 from .emit import Editor, GraphOps
@@ -65,28 +64,6 @@ def beside(program: Program, places: Sequence[fx.Node], emit: Callable[[GraphOps
         op = editor.before(twins[place])
         made[place] = tuple(None if new is None else op.node(new) for new in emit(op, place, twins))
     return Beside(copy, twins, made)
-
-
-def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_mask") -> float:
-    """KL(old ‖ new) in nats per row, over ``data``: the first floating output of each, its last axis read as logits.
-
-    Args:
-        tokens: the input that is zero where a row does not count, if the model has one of the shape of these rows.
-    """
-    total, rows = 0.0, 0
-    mask = next((i for i, node in enumerate(old.placeholders) if node.target == tokens), None)
-
-    def see(inputs: Sequence[Any], outputs: Sequence[tuple[Any, ...]]) -> None:
-        nonlocal total, rows
-        before, after = (next(x for x in y if isinstance(x, Tensor) and x.is_floating_point()).double() for y in outputs)
-        p, q = (F.log_softmax(x, -1) for x in (before, after))
-        lost = (p.exp() * (p - q)).sum(-1)
-        if mask is not None and inputs[mask].shape == lost.shape:
-            lost = lost[inputs[mask] != 0]
-        total, rows = total + float(lost.sum()), rows + lost.numel()
-
-    data.outputs((old, new), see)
-    return total / max(rows, 1)
 
 
 def relative(error: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far a program moves when its weights do, on the user's data and without labels.
+"""How far a program moves when its weights do, or a rewrite stands in it, on the user's data and without labels.
 
 KL(dense || edited) per token of the logits, or the mean relative error of the outputs of a model without logits
 """
@@ -16,48 +16,68 @@ from .interpret import interpret
 from .program import Program
 
 
-class Divergence:
-    """The loss of edited weights against the program as it is.
-
-    Args:
-        calls: flat inputs; the program's own outputs on them are kept.
+class Reading:
+    """How the outputs of a program are read: its logits, or all its numbers.
 
     Attributes:
-        what: which of the two it is, for a report.
+        what: which of the two a loss is, for a report.
     """
 
-    def __init__(self, program: Program, calls: Sequence[Sequence[Any]], tokens: str = "attention_mask") -> None:
-        self.program, self.calls = program, calls
+    def __init__(self, program: Program, tokens: str = "attention_mask") -> None:
         self.logits = logits_of(program)
         self.what = "relative error of the outputs" if self.logits is None else "KL of the logits"
         names = [str(node.target) for node in program.placeholders]
         self.mask = names.index(tokens) if tokens in names else None
-        self.wanted = [self._outputs(call, {}) for call in calls]
 
-    def __call__(self, weights: Mapping[str, Tensor], calls: Sequence[int] | None = None) -> float:
-        """The mean over the calls (by default all), with these tensors in the place of the weights of these names."""
-        chosen = range(len(self.calls)) if calls is None else calls
-        losses = [self._loss(self.wanted[i], self._outputs(self.calls[i], weights), self.calls[i]) for i in chosen]
-        return sum(losses) / len(losses)
-
-    @torch.no_grad()
-    def _outputs(self, call: Sequence[Any], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        table = self.program.weights
-        results = interpret(
-            self.program, call, weight=lambda name: weights[name] if name in weights else table.value(name), noise=False
-        )
+    def outputs(self, results: Sequence[Any]) -> list[Tensor]:
         chosen = results if self.logits is None else [results[self.logits]]
         return [x.float() for x in chosen if isinstance(x, Tensor) and x.is_floating_point()]
 
-    def _loss(self, wanted: list[Tensor], found: list[Tensor], call: Sequence[Any]) -> float:
+    def loss(self, wanted: Sequence[Tensor], found: Sequence[Tensor], inputs: Sequence[Any]) -> float:
+        """The mean over the rows of one call whose token counts."""
         if self.logits is None:
             pairs = list(zip(wanted, found, strict=True))
             return sum(float((b - a).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs) / max(1, len(pairs))
         p, q = wanted[0].log_softmax(-1), found[0].log_softmax(-1)
         rows = (p.exp() * (p - q)).sum(-1)
-        if self.mask is not None and call[self.mask].shape == rows.shape:
-            rows = rows[call[self.mask] != 0]
+        if self.mask is not None and inputs[self.mask].shape == rows.shape:
+            rows = rows[inputs[self.mask] != 0]
         return float(rows.mean())
+
+
+def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_mask") -> float:
+    """The loss of a program against another one of the same signature, the mean over the calls of ``data``."""
+    reading, losses = Reading(old, tokens), list[float]()
+
+    def see(inputs: Sequence[Any], found: Sequence[tuple[Any, ...]]) -> None:
+        losses.append(reading.loss(*map(reading.outputs, found), inputs))
+
+    data.outputs((old, new), see)
+    return sum(losses) / len(losses)
+
+
+class Divergence:
+    """The loss of edited weights against the program as it is.
+
+    Args:
+        calls: flat inputs; the program's own outputs on them are kept.
+    """
+
+    def __init__(self, program: Program, calls: Sequence[Sequence[Any]], tokens: str = "attention_mask") -> None:
+        self.program, self.calls, self.reading = program, calls, Reading(program, tokens)
+        self.wanted = [self._outputs(call, {}) for call in calls]
+
+    def __call__(self, weights: Mapping[str, Tensor], calls: Sequence[int] | None = None) -> float:
+        """The mean over the calls (by default all), with these tensors in the place of the weights of these names."""
+        chosen = range(len(self.calls)) if calls is None else calls
+        losses = [self.reading.loss(self.wanted[i], self._outputs(self.calls[i], weights), self.calls[i]) for i in chosen]
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _outputs(self, call: Sequence[Any], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        table = self.program.weights
+        weight = lambda name: weights[name] if name in weights else table.value(name)  # noqa: E731
+        return self.reading.outputs(interpret(self.program, call, weight=weight, noise=False))
 
 
 def logits_of(program: Program) -> int | None:
@@ -81,15 +101,14 @@ def sensitivities(
         nodes: and which of their axes holds the channels. A node that the outputs do not depend on is left out.
         tokens: the input that is zero where a row of the logits does not count.
     """
-    generator, at = torch.Generator().manual_seed(seed), logits_of(program)
-    names = [str(node.target) for node in program.placeholders]
+    generator, reading = torch.Generator().manual_seed(seed), Reading(program, tokens)
     found, rows = dict[fx.Node, Tensor](), dict[fx.Node, int]()
 
     def loss(inputs: list[Any], outputs: tuple[Any, ...]) -> Tensor:
-        if at is None:
-            values = [x.float() for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
+        values = reading.outputs(outputs)
+        if reading.logits is None:
             return torch.stack([(x * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in values]).sum()
-        logits, mask = outputs[at].float(), inputs[names.index(tokens)] if tokens in names else None
+        logits, mask = values[0], None if reading.mask is None else inputs[reading.mask]
         logits = logits[mask != 0] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
         labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
         likelihood: Tensor = logits.log_softmax(-1).gather(-1, labels).sum()

@@ -182,7 +182,8 @@ def spread(sites: Sequence[AttentionSite], program: Program, data: Data) -> dict
 
     def deviation(node: fx.Node) -> Tensor:
         count, total, squares = sums[node]
-        return (squares / count - (total / count).square()).clamp_min(0).sqrt()
+        variance: Tensor = squares / count - (total / count).square()
+        return variance.clamp_min(0).sqrt()
 
     return {
         site.node: (

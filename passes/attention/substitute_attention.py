@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from tautomer.rewrite.attentions import AttentionSite, Masking, attentions, site_of
-from tautomer.rewrite.beside import Twins, beside, divergence, relative
+from tautomer.rewrite.beside import Twins, beside, relative
 from tautomer.rewrite.calibration import Data
+from tautomer.rewrite.divergence import Reading, divergence
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
@@ -48,7 +49,7 @@ class SubstituteAttention(Pass):
 
     Attributes:
         layers: which attentions, by their number in the program (the last is -1) or by module path; None is all.
-        budget: the divergence of the model's outputs (KL, nats per row of the first output, read as logits) that may not be
+        budget: the divergence of the model's outputs (KL of its logits, or their relative error if it has none) that may not be
             exceeded on ``data``: where it would be, attentions stay as they are. None is no limit.
     """
 
@@ -81,7 +82,7 @@ class SubstituteAttention(Pass):
         if data is not None and sites:
             moved = divergence(original, program, data)
             context.noted(
-                self, sites[0].node, f"{len(sites)} attentions replaced move the outputs by a KL of {moved:.2e} on data"
+                self, sites[0].node, f"{len(sites)} attentions replaced, on data: {Reading(program).what} of {moved:.2e}"
             )
 
     def errors(
@@ -127,7 +128,7 @@ class SubstituteAttention(Pass):
             if together <= self.budget:
                 chosen.append(site)
             else:
-                said = f"with it the outputs move by a KL of {together:.2e} on data, more than the budget of {self.budget:.2e}"
+                said = f"with it the {Reading(program).what} on data is {together:.2e}, more than the budget of {self.budget:.2e}"
                 context.refused(self, site.node, f"{said} (alone: {alone[site.node]:.2e})")
         return [site for site in sites if site in chosen]
 

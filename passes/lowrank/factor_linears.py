@@ -338,7 +338,7 @@ def _tell(
     left = sum(cost(c.m, c.n, rank) for c, rank in zip(plan.layers, ranks, strict=True))
     whole = f"{left:,} of {plan.total:,} parameters of {len(plan.layers)} layers are left ({left / plan.total:.3f})"
     if plan.divergence is not None:
-        whole += f"; {plan.divergence.what}: {plan.divergence(plan.edits(dict(enumerate(ranks)))):.2e}"
+        whole += f"; {plan.divergence.reading.what}: {plan.divergence(plan.edits(dict(enumerate(ranks)))):.2e}"
     if not seen:
         whole += "; without data this is the plain SVD of the weights: pass data=[…]"
     context.noted(rewrite, plan.program.output, whole)

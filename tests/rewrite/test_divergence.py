@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.capture import capture
-from tautomer.rewrite.divergence import Divergence, sensitivities
+from tautomer.rewrite.divergence import Divergence, divergence, sensitivities
 
 
 @dataclass
@@ -40,9 +41,9 @@ def calls() -> list[list[Tensor]]:
 @pytest.mark.parametrize("named", [True, False])
 def test_it_is_what_it_says(named: bool) -> None:
     model, given = Net(named).eval(), calls()
-    divergence = Divergence(capture(model, tuple(given[0])), given)
+    loss, original = Divergence(capture(model, tuple(given[0])), given), capture(copy.deepcopy(model), tuple(given[0]))
     W = torch.randn(5, 6)
-    assert divergence({}) == 0.0 and divergence.what.startswith("KL" if named else "relative error")
+    assert loss({}) == 0.0 and loss.reading.what.startswith("KL" if named else "relative error")
     was = [model(*x) for x in given]
     model.head.weight.data = W
     now = [model(*x) for x in given]
@@ -53,9 +54,11 @@ def test_it_is_what_it_says(named: bool) -> None:
             wanted += F.kl_div(q, p, log_target=True, reduction="batchmean").item() / 2
         else:
             wanted += ((b - a).norm() / a.norm()).item() / 2
+    edited, data = capture(copy.deepcopy(model), tuple(given[0])), Data([tuple(call) for call in given])
     model.head.weight.data = torch.zeros(5, 6)  # the program was captured with a weight of its own
-    assert divergence({"head.weight": W}) == pytest.approx(wanted, rel=1e-4)
-    assert divergence({"head.weight": W}, [1]) != divergence({"head.weight": W}, [0])
+    assert loss({"head.weight": W}) == pytest.approx(wanted, rel=1e-4)
+    assert divergence(original, edited, data) == pytest.approx(wanted, rel=1e-4)
+    assert loss({"head.weight": W}, [1]) != loss({"head.weight": W}, [0])
 
 
 def fisher(model: nn.Module, given: list[Tensor]) -> Tensor:

@@ -100,7 +100,7 @@ def test_convolutions_that_are_linear_layers() -> None:
             return self.grouped(self.strided(self.wide(F.relu(self.point(x)))))
 
     model, x = Pointwise().double().eval(), torch.randn(2, D, 9, 9, dtype=torch.float64)
-    fast = optimize(model, [x], FactorLinears(0.5, allocation="uniform"), x)
+    fast = optimize(model, [x], FactorLinears(0.5, allocation="uniform", error="layer"), x)
     assert fast.report.fired(NAME) == 1
     assert [r.reason for r in fast.report.refusals].count(
         "a convolution is a linear layer only with kernel and stride 1, without groups and padding"
