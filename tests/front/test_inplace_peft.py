@@ -53,7 +53,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def test_an_adapter_trains_merges_and_comes_off(tmp_path: Path) -> None:
     model = gpt2()
-    done = tautomer.optimize_(model, (), {"input_ids": IDS}, target="onnxruntime")
+    done = tautomer.optimize_(model, (), {"input_ids": IDS}, target="onnxruntime", dynamic_shapes="static")
     assert done.report.fired("layer-norm-to-rms-norm") == 5
     wanted, state = logits(model), {name: p.clone() for name, p in model.state_dict().items()}
     wrapped = adapted(model)
@@ -63,7 +63,7 @@ def test_an_adapter_trains_merges_and_comes_off(tmp_path: Path) -> None:
     trained = logits(wrapped)
     wrapped.save_pretrained(tmp_path)
     again = gpt2()
-    tautomer.optimize_(again, (), {"input_ids": IDS}, target="onnxruntime")
+    tautomer.optimize_(again, (), {"input_ids": IDS}, target="onnxruntime", dynamic_shapes="static")
     assert torch.allclose(logits(peft.PeftModel.from_pretrained(again, tmp_path, autocast_adapter_dtype=False)), trained)
 
     twin = copy.deepcopy(wrapped)
@@ -79,7 +79,7 @@ def test_an_adapter_trains_merges_and_comes_off(tmp_path: Path) -> None:
 def test_an_adapted_model_is_rewritten_for_training_and_keeps_its_trajectory() -> None:
     wrapped = adapted(gpt2())
     original = copy.deepcopy(wrapped)
-    done = tautomer.optimize_(wrapped, (), {"input_ids": IDS}, recipe="training", target="inductor")
+    done = tautomer.optimize_(wrapped, (), {"input_ids": IDS}, recipe="training", target="inductor", dynamic_shapes="static")
     assert done.report.fired("layer-norm-to-rms-norm") == 5 and type(wrapped) is type(original)
     assert max(abs(a - b) for a, b in zip(steps(original), steps(wrapped), strict=True)) < 1e-12
     ours, theirs = (peft.get_peft_model_state_dict(m) for m in (wrapped, original))
