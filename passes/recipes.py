@@ -39,6 +39,7 @@ from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
 from .lowrank.factor_linears import Allocation, FactorLinears
+from .lowrank.merge_consecutive_linears import MergeConsecutiveLinears
 from .lowrank.merge_lora import MergeLora
 from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
@@ -200,6 +201,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FoldNormGain,
     MergeParallelLinears,
     ApproximateActivations,
+    MergeConsecutiveLinears,
     FactorLinears,
     StructureFfn,
     WindowAttention,
@@ -352,7 +354,7 @@ class Compress(Recipe):
         return FactorLinears(self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations)
 
     def passes(self) -> tuple[Pass, ...]:
-        return (FoldWeights(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())
+        return (FoldWeights(), MergeConsecutiveLinears(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())
 
 
 RECIPES: Mapping[str, type[Recipe]] = {

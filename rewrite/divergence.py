@@ -50,7 +50,8 @@ def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_
     reading, losses = Reading(old, tokens), list[float]()
 
     def see(inputs: Sequence[Any], found: Sequence[tuple[Any, ...]]) -> None:
-        losses.append(reading.loss(*map(reading.outputs, found), inputs))
+        before, after = map(reading.outputs, found)
+        losses.append(reading.loss(before, after, inputs))
 
     data.outputs((old, new), see)
     return sum(losses) / len(losses)
