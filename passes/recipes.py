@@ -28,6 +28,7 @@ from .attention.nystrom_attention import NystromAttention
 from .attention.pack_attention import PackAttention
 from .attention.pack_cached_attention import PackCachedAttention
 from .attention.raise_cached_mask import RaiseCachedMask
+from .attention.regroup_products import RegroupProducts
 from .attention.split_heads import SplitHeads
 from .attention.substitutes import METHODS
 from .attention.window_attention import WindowAttention, WindowMask
@@ -201,6 +202,7 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     FoldNormGain,
     MergeParallelLinears,
     ApproximateActivations,
+    RegroupProducts,
     MergeConsecutiveLinears,
     FactorLinears,
     StructureFfn,
@@ -329,7 +331,7 @@ class LongContext(Recipe):
             raise UsageError(f"{method}: {wrong}", hint=f"its options are {known}") from wrong
 
     def passes(self) -> tuple[Pass, ...]:
-        return (*(kind() for kind in RAISE), self.substitute, *(kind() for kind in CLEANUP))
+        return (*(kind() for kind in RAISE), RegroupProducts(), self.substitute, *(kind() for kind in CLEANUP))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ def static(size: Size) -> int | None:
     return int(size.node.expr) if size.node.expr.is_Integer else None
 
 
+def exemplary(size: Size) -> int | None:
+    """The size in the example, for questions of profit alone: it guards nothing. None if it is computed from values."""
+    return size if isinstance(size, int) else size.node.hint
+
+
 def show(shape: Sequence[Size]) -> str:
     """A shape for a person: ``[s0, 7, 768]``."""
     return "[" + ", ".join(str(size) for size in shape) + "]"
