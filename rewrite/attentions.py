@@ -134,6 +134,11 @@ def _both(op: Ops, a: Any, b: Any) -> Any:
 _ATTENTION = OPS["scaled_dot_product_attention"].target
 
 
+def kept(mask: Tensor) -> Tensor:
+    """A mask's values as booleans: True is kept, or what is added is not low."""
+    return mask if mask.dtype is torch.bool else mask > -1e4
+
+
 def attentions(program: Program) -> list[fx.Node]:
     """Every attention of a program, in order."""
     return program.graph.find_nodes(op="call_function", target=_ATTENTION)

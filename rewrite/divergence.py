@@ -38,11 +38,13 @@ class Reading:
         if self.logits is None:
             pairs = list(zip(wanted, found, strict=True))
             return sum(float((b - a).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs) / max(1, len(pairs))
-        p, q = wanted[0].log_softmax(-1), found[0].log_softmax(-1)
-        rows = (p.exp() * (p - q)).sum(-1)
-        if self.mask is not None and inputs[self.mask].shape == rows.shape:
-            rows = rows[inputs[self.mask] != 0]
-        return float(rows.mean())
+        p, q = (self.rows(x, inputs).log_softmax(-1) for x in (wanted[0], found[0]))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    def rows(self, logits: Tensor, inputs: Sequence[Any]) -> Tensor:
+        """[N, classes]: those whose token counts."""
+        mask = None if self.mask is None else inputs[self.mask]
+        return logits.flatten(0, -2) if mask is None or mask.shape != logits.shape[:-1] else logits[mask != 0]
 
 
 def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_mask") -> float:
@@ -109,8 +111,7 @@ def sensitivities(
         values = reading.outputs(outputs)
         if reading.logits is None:
             return torch.stack([(x * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in values]).sum()
-        logits, mask = values[0], None if reading.mask is None else inputs[reading.mask]
-        logits = logits[mask != 0] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
+        logits = reading.rows(values[0], inputs)
         labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
         likelihood: Tensor = logits.log_softmax(-1).gather(-1, labels).sum()
         return -likelihood

@@ -34,11 +34,11 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Moments:
-    """What was seen of a vector: sums over ``count`` rows, in float64.
+    """What was seen of a vector, or of several at once: sums over ``count`` rows, in float64.
 
     Attributes:
-        second: [n, n], the sum of x x^T.
-        first: [n], the sum of x.
+        second: [..., n, n], the sum of x x^T.
+        first: [..., n], the sum of x.
     """
 
     second: Tensor
@@ -53,9 +53,10 @@ class Moments:
         """E[x x^T], or that of x - E[x]. With fewer rows than columns it knows too little of the others, and gets a ridge."""
         C = self.second / self.count
         if centred:
-            C = C - torch.outer(self.mean, self.mean)
-        if self.count < len(C):
-            C = C + RIDGE * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+            C = C - self.mean[..., :, None] * self.mean[..., None, :]
+        if self.count < (n := C.shape[-1]):
+            scale = C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            C = C + RIDGE * scale * torch.eye(n, dtype=C.dtype, device=C.device)
         return C
 
 

@@ -57,18 +57,19 @@ def moments(
         if not rows.isfinite().all():
             what = f"data[{calls[node] - 1}]: '{node.name}' at {place(node)} holds NaN or infinity"
             raise UsageError(what, hint="a covariance needs finite values: look at this call, or at the dtype")
-        found[node] = _added(found.get(node), rows)
+        found[node] = added(found.get(node), rows)
 
     data.watch(program, [node for node in (mask_input, *values) if node is not None], see)
     return found
 
 
-def _added(known: Moments | None, rows: Tensor) -> Moments:
-    n = rows.shape[-1]
-    second = rows.new_zeros((n, n), dtype=torch.float64) if known is None else known.second
-    first = rows.new_zeros(n, dtype=torch.float64) if known is None else known.first
-    for part in torch.split(rows, ROWS):
+def added(known: Moments | None, rows: Tensor) -> Moments:
+    """What is known when rows ``[..., N, n]`` have come too; the sums of ``known`` grow in place."""
+    *batch, count, n = rows.shape
+    second = rows.new_zeros((*batch, n, n), dtype=torch.float64) if known is None else known.second
+    first = rows.new_zeros((*batch, n), dtype=torch.float64) if known is None else known.first
+    for part in torch.split(rows, ROWS, dim=-2):
         promoted = part.double()
-        second.addmm_(promoted.T, promoted)
-        first += promoted.sum(0)
-    return Moments(second, first, len(rows) + (0 if known is None else known.count))
+        second += promoted.mT @ promoted
+        first += promoted.sum(-2)
+    return Moments(second, first, count + (0 if known is None else known.count))

@@ -21,11 +21,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from tautomer.rewrite.attentions import AttentionSite, Masking
+from tautomer.rewrite.attentions import AttentionSite, Masking, kept
 from tautomer.rewrite.beside import Twins, beside
 from tautomer.rewrite.claims import APPROXIMATE
 from tautomer.rewrite.emit import GraphOps
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.factors import Moments
+from tautomer.rewrite.moments import added
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.rules import dtype, shape
@@ -61,7 +63,7 @@ class LokiAttention(SubstituteAttention):
             for site in sites:
                 context.refused(self, site.node, f"the axes in which its keys vary are not known: {NO_DATA}")
             return {}
-        at, moments = {site.node: site for site in sites}, {site.node: Moments() for site in sites}
+        at, moments = {site.node: site for site in sites}, dict[fx.Node, Moments]()
 
         def emit(op: GraphOps, place: fx.Node, twins: Twins) -> tuple[Any, Any]:
             site = at[place].on(twins)
@@ -70,10 +72,10 @@ class LokiAttention(SubstituteAttention):
         def see(place: fx.Node, values: list[Tensor | None]) -> None:
             key, keep, _ = values
             assert key is not None
-            moments[place].add(key, keep)
+            moments[place] = added(moments.get(place), rows_of(key, keep))
 
         beside(program, list(at), emit).watch(context.data, see)
-        return {node: self.rotation(moment.covariance()) for node, moment in moments.items()}
+        return {node: self.rotation(moment.covariance(centred=True)) for node, moment in moments.items()}
 
     def rotation(self, covariance: Tensor) -> Tensor:
         """``[heads, d, d']`` for covariances ``[heads, d, d]``."""
@@ -97,22 +99,8 @@ class LokiAttention(SubstituteAttention):
         return 2.0 * n * n * rank + 2 * n * (keys if self.gather else n) * (site.width + int(shape(site.value)[-1]))
 
 
-class Moments:
-    """The covariance of keys, per head, as they come."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.square = 0.0, torch.zeros(()), torch.zeros(())
-
-    def add(self, key: Tensor, keep: Tensor | None) -> None:
-        """Keys ``[batch, heads, n, d]``, and the mask that tells which of them are padding, if any are."""
-        batch, _, n, _ = key.shape
-        x = key.double().transpose(0, 1).flatten(1, 2)
-        if keep is not None:
-            keep = keep if keep.dtype is torch.bool else keep > -1e4
-            x = x[:, keep.expand(batch, 1, 1, n).flatten()]
-        self.count, self.total = self.count + x.shape[1], self.total + x.sum(1)
-        self.square = self.square + x.mT @ x
-
-    def covariance(self) -> Tensor:
-        mean = self.total / max(self.count, 1)
-        return self.square / max(self.count, 1) - mean[:, :, None] * mean[:, None]
+def rows_of(key: Tensor, keep: Tensor | None) -> Tensor:
+    """Keys ``[batch, heads, n, d]`` as rows ``[heads, N, d]``, without those that the mask says are padding."""
+    batch, _, n, _ = key.shape
+    rows = key.transpose(0, 1).flatten(1, 2)
+    return rows if keep is None else rows[:, kept(keep).expand(batch, 1, 1, n).flatten()]

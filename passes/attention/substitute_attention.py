@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from tautomer.rewrite.attentions import AttentionSite, Masking, attentions, site_of
+from tautomer.rewrite.attentions import AttentionSite, Masking, attentions, kept, site_of
 from tautomer.rewrite.beside import Twins, beside, relative
 from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.divergence import Reading, divergence
@@ -99,7 +99,7 @@ class SubstituteAttention(Pass):
             new, keep, old = values
             assert new is not None and old is not None
             if keep is not None:
-                rows = (keep if keep.dtype is torch.bool else keep > -1e4).mT
+                rows = kept(keep).mT
                 new, old = (x.masked_fill(~rows, 0) for x in (new, old))
             found[place] += relative(new - old, old)
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tautomer
-from tautomer.passes.attention.loki_attention import LokiAttention, Moments
+from tautomer.passes.attention.loki_attention import LokiAttention, rows_of
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.library import tautomer as ops
+from tautomer.rewrite.moments import added
 
 
 @pytest.mark.parametrize(("causal", "gather", "padded"), list(product((True, False), repeat=3)))
@@ -48,12 +49,13 @@ def test_a_query_meets_a_cache() -> None:
 def test_the_covariance_comes_in_pieces_and_leaves_padding_out() -> None:
     keys = [torch.randn(b, 2, n, 3) for b, n in ((2, 5), (1, 7))]
     keep = [torch.rand(b, 1, 1, n) > 0.4 for b, n in ((2, 5), (1, 7))]
-    moments = Moments()
+    moments = None
     for key, kept in zip(keys, keep, strict=True):
-        moments.add(key, kept)
+        moments = added(moments, rows_of(key, kept))
+    assert moments is not None
     rows = torch.cat([key.transpose(1, 2)[kept[:, 0, 0]] for key, kept in zip(keys, keep, strict=True)]).double()
     for head in range(2):
-        torch.testing.assert_close(moments.covariance()[head], rows[:, head].T.cov(correction=0))
+        torch.testing.assert_close(moments.covariance(centred=True)[head], rows[:, head].T.cov(correction=0))
 
 
 def test_a_share_of_the_variance_is_that_of_the_head_that_needs_most() -> None:
