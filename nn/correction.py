@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.factors import factor
 
 
 class CorrectedLinear(nn.Module):
@@ -85,14 +86,10 @@ def branch(E: Tensor, rank: int, covariance: Tensor | None = None) -> tuple[Tens
     m, n = E.shape
     if not 1 <= rank <= min(m, n):
         raise UsageError(f"a matrix [{m}, {n}] has no rank {rank}", hint=f"a rank from 1 to {min(m, n)}")
+    if covariance is not None and covariance.shape != (n, n):
+        raise UsageError(f"the covariance is {list(covariance.shape)}, of inputs with {n} channels")
     E = E.double()
-    seen = E
-    if covariance is not None:
-        if covariance.shape != (n, n):
-            raise UsageError(f"the covariance is {list(covariance.shape)}, of inputs with {n} channels")
-        values, Q = torch.linalg.eigh(covariance.double())
-        seen = E @ (Q * values.clamp(min=0).sqrt())
-    P = torch.linalg.svd(seen, full_matrices=False).U[:, :rank]
+    P = factor(E, covariance).left[:, :rank]
     V = P.t() @ E
     root = V.norm(dim=1).sqrt()
     scale = torch.where(root > 0, root, 1.0)
