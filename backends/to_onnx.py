@@ -29,6 +29,7 @@ from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.program import Program
 
 from .files import free_axes, writable
+from .liger import FORWARD
 from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
 from .onnx_names import moved_counts, name_sizes, name_weights, named, rename, unsaid
 from .onnx_table import table
@@ -217,7 +218,7 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
 def _referred(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """``exported`` with what stands for every op that has its own gradient: a file has none, and no name for it."""
     present = {node.target for node in exported.graph.nodes}
-    bodies = {op.overload: op.reference or op.body for op in LEAN if op.overload in present}
+    bodies = {op.overload: op.reference or op.body for op in (*LEAN, FORWARD) if op.overload in present}
     return exported.run_decompositions(bodies) if bodies else exported
 
 

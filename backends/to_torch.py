@@ -20,6 +20,7 @@ from tautomer.rewrite.interpret import written
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.weights import Weights
 
+from .liger import lower_sums
 from .live_weights import compute_edits
 from .rewritten import Body, Rewritten
 
@@ -32,8 +33,11 @@ class Stored:
     persistent: bool
 
 
-def to_torch(program: Program) -> Rewritten:
+def to_torch(program: Program, *, kernels: bool = False) -> Rewritten:
     """``program`` as a module that is called, trained, copied, compiled, exported and saved like the user's.
+
+    Args:
+        kernels: call the kernels that other packages have for an op, where they are installed: for eager PyTorch alone.
 
     Returns:
         A ``Rewritten`` in the mode of the capture. Its state dict has the names of the weight
@@ -49,6 +53,8 @@ def to_torch(program: Program) -> Rewritten:
     Example: ``fast = to_torch(capture(model, args)); fast(*args)``
     """
     graph = as_run(program).graph
+    if kernels:
+        lower_sums(graph)
     for unread in [node for node in graph.find_nodes(op="get_attr") if not node.users]:
         graph.erase_node(unread)
     module = Rewritten(graph, program.signature, expected(program), program.mode)

@@ -38,6 +38,7 @@ class OwnGradient:
         uses: functions that the three call, which their version speaks for too.
         autocast: whether it computes in the autocast dtype, as a linear layer does.
         random: whether it draws random numbers.
+        fake: makes results of the same shapes and dtypes, for a body that torch cannot look into: a kernel, opaque to compilers.
     """
 
     name: str
@@ -48,6 +49,7 @@ class OwnGradient:
     uses: tuple[Callable[..., Any], ...] = ()
     autocast: bool = False
     random: bool = False
+    fake: Callable[..., Any] | None = None
 
     @property
     def overload(self) -> Any:
@@ -60,7 +62,10 @@ def define(ops: Sequence[OwnGradient]) -> None:
     """Enter ``ops`` in torch's dispatcher, once."""
     with quiet_triton():
         for op in ops:
-            made: Any = torch.library.triton_op(f"{_NAMESPACE}::{op.name}", op.body, mutates_args=())
+            entered: Any = torch.library.triton_op if op.fake is None else torch.library.custom_op
+            made: Any = entered(f"{_NAMESPACE}::{op.name}", op.body, mutates_args=())
+            if op.fake is not None:
+                made.register_fake(op.fake)
             made.register_autograd(_once(op), setup_context=op.keep)
             if op.random:
                 draws_numbers(op.overload)

@@ -258,7 +258,7 @@ def _rewrite(program: Program, plan: _Plan, capture_seconds: float) -> Rewritten
         _check_entry(entry, program)
     plan.tell("rewriting and checking")
     outcome = run_passes(plan.passes, program, context, target=plan.target if plan.ask else None, check=plan.check)
-    fast = to_torch(program)
+    fast = to_torch(program, kernels=plan.target.name == "eager")
     plan.tell("measuring")
     fast.report = _report(original, program, plan.target, outcome, capture_seconds)
     fast.weights, fast.program = program.weights, program
