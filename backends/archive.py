@@ -12,20 +12,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from tautomer.rewrite._torch import storage_key
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.expected import Expected
 
+from .files import save_tensors, staged
 from .graph_data import decode_graph, encode_graph
 from .rewritten import Body, Rewritten
 from .signature_data import decode_signature, encode_signature
@@ -61,15 +62,11 @@ def save(module: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "edits": module._edits,
     }
     graphs = {"": encode_graph(module.graph), **{name: encode_graph(body.graph) for name, body in bodies.items()}}
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        _replace(target / _WEIGHTS, lambda file: save_file(tensors, file))
-        _replace(target / _GRAPH, lambda file: file.write_text(_lines(graphs)))
-        _replace(target / _MODULE, lambda file: file.write_text(json.dumps(about, indent=1)))
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
-    return target
+    with staged(Path(folder), folder) as beside:
+        save_tensors(tensors, beside / _WEIGHTS)
+        (beside / _GRAPH).write_text(_lines(graphs))
+        (beside / _MODULE).write_text(json.dumps(about, indent=1))
+    return Path(folder)
 
 
 def load(folder: str | os.PathLike[str]) -> Rewritten:
@@ -175,19 +172,6 @@ def _lines(graphs: Mapping[str, list[Any]]) -> str:
     """The graphs as JSON with one node per line; the root's name is ""."""
     parts = [f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, nodes)) + "\n]" for name, nodes in graphs.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``file``, then put it in place. safetensors makes files that only their owner reads: undone here."""
-    beside = file.with_name(f".{file.name}.part")
-    try:
-        beside.touch()
-        mode = beside.stat().st_mode
-        write(beside)
-        beside.chmod(mode)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

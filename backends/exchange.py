@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+from contextlib import ExitStack
 from typing import Any
 
 from torch import fx, nn
@@ -21,6 +22,7 @@ from tautomer.rewrite.program import Mode
 
 from .block_text import compiled
 from .graph_data import decode_graph, encode_graph
+from .late_adapters import edits_weights, refuse_adapters
 from .rewritten import function_of
 
 PREFIX = "Rewritten"
@@ -31,10 +33,12 @@ def text_of(code: fx.Graph) -> str:
     return json.dumps(encode_graph(code))
 
 
-def exchange(module: nn.Module, code: str | None, mode: Mode) -> None:
-    """Give ``module`` new code, in place of its class's own or of what it was given before."""
+def exchange(module: nn.Module, code: str | None, mode: Mode, undo: ExitStack | None = None) -> None:
+    """Give ``module`` new code, in place of its class's own or of what it was given before; ``undo`` takes it back."""
     base: Any
     base, _, earlier = form_of(module) or (type(module), None, "both")
+    if undo is not None:
+        undo.callback(setattr, module, "__class__", type(module))
     module.__class__ = exchanged(base, code, mode if earlier == "both" else earlier)
 
 
@@ -60,7 +64,10 @@ def exchanged(base: Any, code: str | None, mode: Mode) -> type[nn.Module]:
         return _revive, (base, code, mode), self.__getstate__()  # type: ignore[no-untyped-call]
 
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "tautomer_form": (base, code, mode)}
-    return type(PREFIX + base.__name__, (base,), members)
+    kind = type(PREFIX + base.__name__, (base,), members)
+    if isinstance(data, list) and edits_weights(decode_graph(data)):
+        refuse_adapters(kind)
+    return kind
 
 
 def _compiled(data: Any, base: type[nn.Module]) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from torch import nn
 from tautomer.rewrite.errors import UsageError
 
 from .exchange import exchange, exchanged, form_of
+from .files import staged
 from .guard import edits_of, guard
-from .hugging_face import NAME, implementations, set_attention
+from .hugging_face import NAME, implementations, restore_attention, set_attention
 
 FORM = "tautomer.json"
 _FORMAT = 1
@@ -48,16 +50,12 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if not modules and not edits and not attention:
         raise UsageError(f"no module of this {type(model).__name__} was rewritten", hint="tautomer.optimize_ it first")
     made = {"tautomer": version("tautomer"), "torch": torch.__version__}
-    file = Path(folder) / FORM
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(map(json.dumps, modules))
-        head = f'"format": {_FORMAT}, "made by": {json.dumps(made)}, "edits": {json.dumps(edits)}'
-        head += f', "attention": {json.dumps(attention)}'
-        file.write_text(f'{{{head}, "modules": [\n{lines}\n]}}\n')
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
-    return file
+    lines = ",\n".join(map(json.dumps, modules))
+    head = f'"format": {_FORMAT}, "made by": {json.dumps(made)}, "edits": {json.dumps(edits)}'
+    head += f', "attention": {json.dumps(attention)}'
+    with staged(Path(folder), folder) as beside:
+        (beside / FORM).write_text(f'{{{head}, "modules": [\n{lines}\n]}}\n')
+    return Path(folder) / FORM
 
 
 def _frozen(module: nn.Module, code: list[Any]) -> list[str]:
@@ -89,13 +87,17 @@ def load_form(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         code = None if entry["code"] is None else json.dumps(entry["code"])
         exchanged(base, code, entry["mode"])  # what cannot be read is said before anything changes
         wanted.append((module, entry, code))
-    if attention:
-        set_attention(model)
-    for module, entry, code in wanted:
-        exchange(module, code, entry["mode"])
-        for name in entry["frozen"]:
-            module.get_parameter(name).requires_grad_(False)
-    guard(model, edits)
+    with ExitStack() as undo:
+        undo.callback(restore_attention, implementations(model))
+        if attention:
+            set_attention(model)
+        for module, entry, code in wanted:
+            exchange(module, code, entry["mode"], undo)
+            for parameter in map(module.get_parameter, entry["frozen"]):
+                undo.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+        guard(model, edits, undo)
+        undo.pop_all()
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

@@ -11,6 +11,7 @@ on the root, whose hook runs before anything is loaded; copies and pickles carry
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -21,8 +22,9 @@ from tautomer.rewrite.weights import MARK, wrongly_marked
 _EDITS = "_tautomer_edits"
 
 
-def guard(model: nn.Module, edits: Mapping[str, str]) -> None:
-    """Mark the weights of ``model`` that are edited, ``edits`` by name as of ``Weights.edits``."""
+def guard(model: nn.Module, edits: Mapping[str, str], undo: ExitStack) -> None:
+    """Mark the weights of ``model`` that are edited, ``edits`` by name as of ``Weights.edits``; ``undo`` takes it back."""
+    undo.callback(_restore, model, _marks_of(model))
     for name, edit in edits.items():
         path, _, attribute = name.rpartition(".")
         _held(model.get_submodule(path))[attribute] = edit
@@ -40,13 +42,13 @@ def _held(module: nn.Module) -> dict[str, str]:
     return marks
 
 
-def marks_of(model: nn.Module) -> dict[str, dict[str, str] | None]:
-    """The marks of every module, by path; what ``restore`` takes."""
+def _marks_of(model: nn.Module) -> dict[str, dict[str, str] | None]:
+    """The marks of every module, by path; what ``_restore`` takes."""
     return {path: dict(vars(m)[_EDITS]) if _EDITS in vars(m) else None for path, m in model.named_modules()}
 
 
-def restore(model: nn.Module, marks: Mapping[str, dict[str, str] | None]) -> None:
-    """Take back what ``guard`` did since ``marks_of``."""
+def _restore(model: nn.Module, marks: Mapping[str, dict[str, str] | None]) -> None:
+    """Take back what ``guard`` did since ``_marks_of``."""
     for path, before in marks.items():
         module = model.get_submodule(path)
         if before is not None:

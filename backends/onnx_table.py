@@ -15,6 +15,7 @@ made of.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,8 @@ def attention(
         shared = opset23.Constant(value_ints=[1, heads, 1, 1])
         key, value = (x if x.shape[1] == heads else opset23.Expand(x, shared) for x in (key, value))
     mask = _spread(attn_mask, _size(query, 2), _size(key, 2))
-    return opset23.Attention(query, key, value, attn_mask=mask, scale=scale, is_causal=int(is_causal))[0]
+    options = {"scale": scale, "is_causal": int(is_causal), "softmax_precision": _softmax_precision(query)}
+    return opset23.Attention(query, key, value, attn_mask=mask, **options)[0]
 
 
 def _four_axes(x: Any) -> Any:
@@ -94,8 +96,8 @@ def packed_attention(
     scale: float | None = None,
 ) -> Any:
     """``tautomer.packed_attention`` as one Attention of rank 3."""
-    counts = {"q_num_heads": heads, "kv_num_heads": key_heads, "is_causal": int(causal), "scale": scale}
-    return opset23.Attention(query, key, value, attn_mask=_spread(mask, _size(query, 1), _size(key, 1)), **counts)[0]
+    options = _packed(query, heads, key_heads, causal, scale)
+    return opset23.Attention(query, key, value, attn_mask=_spread(mask, _size(query, 1), _size(key, 1)), **options)[0]
 
 
 def cached_attention(
@@ -113,9 +115,21 @@ def cached_attention(
     """``tautomer.cached_attention`` as one Attention of rank 3, which counts causality from the end of the past."""
     if mask is not None:
         mask = _spread(mask, _size(query, 1), lambda: opset23.Add(_size(past_key, 2)(), _size(key, 1)()))
-    counts = {"q_num_heads": heads, "kv_num_heads": key_heads, "is_causal": int(causal), "scale": scale}
-    found = opset23.Attention(query, key, value, mask, past_key, past_value, **counts)
+    options = _packed(query, heads, key_heads, causal, scale)
+    found = opset23.Attention(query, key, value, mask, past_key, past_value, **options)
     return found[0], found[1], found[2]
+
+
+def _packed(query: Any, heads: int, key_heads: int, causal: bool, scale: float | None) -> dict[str, Any]:
+    """The attributes of an Attention of rank 3."""
+    counts = {"q_num_heads": heads, "kv_num_heads": key_heads, "is_causal": int(causal), "scale": scale}
+    return {**counts, "softmax_precision": _softmax_precision(query)}
+
+
+def _softmax_precision(x: Any) -> int | None:
+    """float32 for 16 bits, as in PyTorch; otherwise that of ``x``."""
+    narrow = x.dtype in (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+    return onnx_ir.DataType.FLOAT.value if narrow else None
 
 
 def _spread(mask: Any, rows: Callable[[], Any], columns: Callable[[], Any]) -> Any:
@@ -194,7 +208,7 @@ class Row:
         op: the op of torch.
         translate: writes it.
         dtypes: the dtypes in which the kernels of ONNX Runtime 1.31 run it; tested for "cpu", documented for "cuda".
-        measured: µs against what it replaces at [1, 128, 768] on one CPU thread, or that it was never measured.
+        measured: µs against what it replaces at [1, 128, 768] on one CPU thread, or that it was not run here.
     """
 
     since: int
@@ -204,10 +218,18 @@ class Row:
     dtypes: tuple[torch.dtype, ...]
     measured: str
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """The row in words: what a table of it shows."""
+        form = (inspect.getdoc(self.translate) or "").partition("\n")[0].partition(" as ")[2].rstrip(".")
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        place = {"op": str(self.op), "provider": self.provider or "any", "opset": f"≥ {self.since}"}
+        return {**place, "form": form, "runs in": dtypes, "measured": self.measured}
+
 
 _WIDE = (torch.float32, torch.float64, torch.float16)
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_NEVER = "never measured here"
+_NEVER = "not run here"
 ROWS: tuple[Row, ...] = (
     Row(23, "", torch.ops.aten.rms_norm.default, rms_norm, _WIDE, "with an Add 52 µs, decomposed 98 µs"),
     Row(

@@ -21,7 +21,7 @@ from tautomer.rewrite.weights import Weights
 
 from .correspondence import Correspondence, Fault
 from .exchange import exchange
-from .guard import edits_of, guard, marks_of, restore
+from .guard import edits_of, guard
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,9 @@ def written(model: nn.Module, edit: Edit, mode: Mode) -> Iterator[Mapping[str, T
             undo.callback(tensors[name].requires_grad_, tensors[name].requires_grad)
             tensors[name].requires_grad_(False)
         for module, code in edit.code.items():
-            undo.callback(setattr, module, "__class__", type(module))
-            exchange(module, code, mode)
-        undo.callback(restore, model, marks_of(model))
+            exchange(module, code, mode, undo)
         earlier = edits_of(model)
-        guard(model, {name: f"{earlier[name]}; {e}" if name in earlier else e for name, e in edit.weights.edits().items()})
+        guard(model, {name: f"{earlier[name]}; {e}" if name in earlier else e for name, e in edit.weights.edits().items()}, undo)
         yield {name: before[id(tensors[name])] for name in edited}
         undo.pop_all()
 

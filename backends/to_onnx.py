@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.program import Program
 
-from .files import free_axes, writable
+from .files import free_axes, staged, writable
 from .liger import FORWARD
 from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
 from .onnx_names import moved_counts, name_sizes, name_weights, named, rename, unsaid
@@ -127,36 +126,13 @@ def to_onnx(
     model.metadata_props["tautomer.version"] = version("tautomer")
     model.metadata_props["tautomer.rewrites"] = ", ".join(rewrites)
     nodes = Counter(node.op_type for node in model.graph.all_nodes())
-    with tempfile.TemporaryDirectory(prefix=".tautomer-", dir=target.parent) as folder:
-        file = Path(folder) / target.name
+    with staged(target.parent, path) as folder:
+        file = folder / target.name
         onnx_program.save(file)
-        blame = first_difference(onnx_program, values, Path(folder) / "every_value.onnx", provider, tolerance(program))
+        blame = first_difference(onnx_program, values, folder / "every_value.onnx", provider, tolerance(program))
         error, sizes = compare(program, file, provider, dynamic, reference, outputs, blame) if check else (None, ())
-        files = sorted(Path(folder).iterdir(), key=lambda x: x.name == target.name)
-        total = sum(x.stat().st_size for x in files)
-        _move(files, target.parent)
+        total = sum(part.stat().st_size for part in folder.iterdir())
     return OnnxReport(target, opset, provider, dict(nodes), total, error, sizes, conditions)
-
-
-def _move(files: Sequence[Path], folder: Path) -> None:
-    """Put ``files`` into ``folder``, all or none: weights beside a file are part of it."""
-    if len(files) == 1:
-        os.replace(files[0], folder / files[0].name)  # at no moment without the old file
-        return
-    moved: list[tuple[Path, Path]] = []
-    try:
-        for file in files:
-            target, aside = folder / file.name, file.with_name(f"{file.name}.before")
-            if target.exists():
-                os.replace(target, aside)
-            moved.append((target, aside))
-            os.replace(file, target)
-    except BaseException:
-        for target, aside in moved:
-            target.unlink(missing_ok=True)
-            if aside.exists():
-                os.replace(aside, target)
-        raise
 
 
 # -- before any work ------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ The package needs torch where it runs, and nothing else: not tautomer, not the m
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tautomer.rewrite.program import Program
 from tautomer.rewrite.record import clone_leaves, silence
 from tautomer.rewrite.samples import samples
 
-from .files import free_axes, writable
+from .files import free_axes, staged, writable
 from .onnx_check import tensor_outputs, tolerance
 from .onnx_names import unsaid
 from .to_torch import to_torch
@@ -85,12 +84,11 @@ def to_package(program: Program, path: str | os.PathLike[str], *, dynamic: bool 
     _validate(program, target)
     program = program.copy()
     program.training = dict.fromkeys(program.training, False)
-    with tempfile.TemporaryDirectory(prefix=".tautomer-", dir=target.parent) as folder:
-        file = Path(folder) / target.name
+    with staged(target.parent, path) as folder:
+        file = folder / target.name
         _compile(program, file, dynamic)
         error, sizes = _compare(program, file, dynamic) if check else (None, ())
         size = file.stat().st_size
-        os.replace(file, target)
     return PackageReport(target, _device(program), size, error, sizes, _conditions(program))
 
 

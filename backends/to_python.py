@@ -10,18 +10,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.program import Program
 
+from .files import save_tensors, staged
 from .python_call import Called
 from .python_calls import SEQUENTIAL, Graph, nested
 from .python_check import Agreement, compare
@@ -119,15 +118,14 @@ def to_python(
     target = _writable(folder, overwrite)
     emitted = module if module is not None else to_torch(program)
     source = write(program, emitted, rewrites)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-        made = Path(temporary) / target.name
+    with staged(target.parent, folder) as beside:
+        made = beside / target.name
         made.mkdir(mode=0o777)
         (made / MODEL).write_text(source.text, encoding="utf-8")
         (made / "__init__.py").write_text(_exports(source), encoding="utf-8")
         size = _save(emitted, made)
         agreement = compare(program, emitted, source.called, made) if check else Agreement()
         shutil.rmtree(made / "__pycache__", ignore_errors=True)
-        _move(made, target, Path(temporary) / "before")
     lines = source.text.count("\n")
     return PythonReport(target, source.name, source.classes, lines, size, agreement.sizes, agreement.gradients)
 
@@ -247,10 +245,7 @@ def _save(emitted: Rewritten, folder: Path) -> int:
             (kept if name in persistent else rest)[name] = tensor.detach().contiguous().clone()
     for file, tensors in ((WEIGHTS, kept), (CONSTANTS, rest)):
         if tensors or file == WEIGHTS:
-            (folder / file).touch()
-            mode = (folder / file).stat().st_mode
-            save_file(tensors, folder / file)
-            (folder / file).chmod(mode)
+            save_tensors(tensors, folder / file)
     return sum(x.nbytes for x in (*kept.values(), *rest.values()))
 
 
@@ -268,15 +263,3 @@ def _writable(folder: str | os.PathLike[str], overwrite: bool) -> Path:
         if not (target / MODEL).is_file() or not (target / WEIGHTS).is_file():
             raise UsageError(f"{folder} was not written by to_python, it is not replaced", hint="name another folder")
     return target
-
-
-def _move(made: Path, target: Path, aside: Path) -> None:
-    """Put the new folder in place; the old one is back if that fails."""
-    if target.exists():
-        os.replace(target, aside)
-    try:
-        os.replace(made, target)
-    except BaseException:
-        if aside.exists():
-            os.replace(aside, target)
-        raise

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import tautomer
-from tautomer.backends.onnx_table import ROWS
 from tautomer.passes.recipes import PASSES
 from tautomer.rewrite.rules import Rule
 from tautomer.rewrite.trial import DTYPES, examine
@@ -58,13 +57,10 @@ without one as what it is made of; so is every op below the opset of its row.
 
 def onnx() -> str:
     """The rows of the lowering table as Markdown."""
-    rows = ["| op | provider | opset | form | runs in | measured |", "|---|---|---|---|---|---|"]
-    for row in ROWS:
-        form = inspect.getdoc(row.translate).partition("\n")[0].partition(" as ")[2].rstrip(".")  # type: ignore[union-attr]
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
-        where = "not run here" if row.provider == "cuda" else row.measured
-        rows.append(f"| `{row.op}` | {row.provider or 'any'} | ≥ {row.since} | {form} | {dtypes} | {where} |")
-    return ONNX_HEAD + "\n".join(rows) + "\n"
+    facts = tautomer.catalogue().operators
+    head = [" | ".join(facts[0]), " | ".join("---" for _ in facts[0])]
+    rows = [" | ".join([f"`{row['op']}`", *list(row.values())[1:]]) for row in facts]
+    return ONNX_HEAD + "".join(f"| {row} |\n" for row in [*head, *rows])
 
 
 def passes() -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 import tautomer
@@ -196,14 +196,17 @@ def saved(
 
 @app.command()
 def catalogue(as_json: Json = False) -> None:
-    """List the rewrites, recipes and targets there are."""
+    """List the rewrites, recipes and targets there are, and what becomes which ONNX operator."""
     found = tautomer.catalogue()
     table = Table("rewrite", "claim", "for", "what it does", box=None)
     for row in found.passes:
         table.add_row(row["name"], row["claim"], row["purpose"], row["summary"])
-    _show(table, dataclasses.asdict(found), as_json)
-    if not as_json:
-        _out.print(f"recipes: {', '.join(found.recipes)}; targets: {', '.join(found.targets)}")
+    operators = Table("op", "becomes in ONNX", box=None)
+    for row in found.operators:
+        where = f"{row['op']}\n  {row['provider']}, opset {row['opset']}"
+        operators.add_row(where, f"{row['form']}\n  {row['runs in']}; {row['measured']}")
+    names = f"recipes: {', '.join(found.recipes)}; targets: {', '.join(found.targets)}"
+    _show(Group(table, "", operators, "", names), dataclasses.asdict(found), as_json)
 
 
 @app.command()

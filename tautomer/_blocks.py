@@ -138,8 +138,7 @@ class Blocks:
         if isinstance(twin := self.made[kind, context], Refused):
             raise twin
         outcome, text, mode = twin
-        undo.callback(setattr, module, "__class__", type(module))
-        exchange(module, text, mode)
+        exchange(module, text, mode, undo)
         self.written.append(path)
         return _seen_from_the_root(outcome, path)
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from tautomer.backends.archive import load as load
 from tautomer.backends.archive import save as save
+from tautomer.backends.files import staged, writable
 from tautomer.backends.measure import measure
+from tautomer.backends.onnx_table import ROWS
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
 from tautomer.backends.to_onnx import OnnxReport, to_onnx
@@ -478,12 +480,10 @@ def draw(
     """
     rewritten = model.program if isinstance(model, Rewritten) else None
     program = rewritten if rewritten is not None else capture(model, args, kwargs)
-    drawing, file = draw_program(program, at), Path(path)
-    try:
-        file.write_text(drawing, encoding="utf-8")
-    except OSError as failure:
-        raise UsageError(f"{file} cannot be written: {failure.strerror}") from failure
-    return file
+    drawing, file = draw_program(program, at), writable(path, "model.svg")
+    with staged(file.parent, path) as beside:
+        (beside / file.name).write_text(drawing, encoding="utf-8")
+    return Path(path)
 
 
 def saved_tensors(
@@ -617,17 +617,19 @@ def explain(
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The rewrites, recipes and targets there are.
+    """The rewrites, recipes, targets and ONNX lowerings there are.
 
     Attributes:
         passes: name, claim, paper, phase, purpose and first docstring line of each rewrite.
         recipes: name to the names of its passes, in order.
         targets: names.
+        operators: op, provider, opset, form, dtypes and measurement of each row of the ONNX table, in words.
     """
 
     passes: tuple[dict[str, str], ...]
     recipes: dict[str, tuple[str, ...]]
     targets: tuple[str, ...]
+    operators: tuple[dict[str, str], ...] = ()
 
 
 def catalogue() -> Catalogue:
@@ -643,7 +645,7 @@ def catalogue() -> Catalogue:
         for p in _known().values()
     )  # fmt: skip
     recipes = {name: tuple(p.name for p in recipe().passes()) for name, recipe in RECIPES.items()}
-    return Catalogue(rows, recipes, tuple(TARGETS))
+    return Catalogue(rows, recipes, tuple(TARGETS), tuple(row.facts for row in ROWS))
 
 
 # -- resolving what the user named -----------------------------------------------------------------------------

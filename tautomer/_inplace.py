@@ -112,7 +112,7 @@ def optimize_(
 
     With ``recipe="training"`` no weight is overwritten: the new code of a module edits its own parameters at every call, so any
     optimizer follows the trajectory of the original model, and checkpoints of either load into the other. ``fold_`` afterwards.
-    Attach adapters before it: what one adds to a layer later is not edited, and would be once it is merged.
+    Attach adapters before it: one that comes later is refused, since what it adds to a layer would not be edited.
 
     Do it before ``DistributedDataParallel``, ``fully_shard`` or an optimizer takes the model, and in the dtype it will run in.
 
@@ -170,8 +170,10 @@ def optimize_(
             if blocks.written:
                 tell("measuring")
                 report = _report(reference, edited, where, outcome, seconds)
-    names = {module: name for name, module in model.named_modules()}
-    return Rewriting(report, weights, (*(names[module] for module in edit.code), *blocks.written), edits_of(model))
+        names = {module: name for name, module in model.named_modules()}
+        exchanged = (*(names[module] for module in edit.code), *blocks.written)
+        edits = edits_of(model)
+    return Rewriting(report, weights, exchanged, edits)
 
 
 @contextlib.contextmanager
@@ -200,7 +202,7 @@ def fold_(
     Args: as of ``optimize_``.
 
     Raises:
-        UsageError: no module of it was rewritten, or an adapter was attached to one afterwards.
+        UsageError: no module of it was rewritten.
         CaptureError, ClaimBroken: as of ``optimize_``.
 
     Example:
@@ -212,14 +214,6 @@ def fold_(
         >>> torch.allclose(block[0].weight.mean(0), torch.zeros(8), atol=1e-6)
         True
     """
-    for path, module in model.named_modules():
-        base = getattr(module, "base_layer", None)  # where peft keeps what it adapts
-        others = (inner for inner in module.modules() if inner is not base)
-        if isinstance(base, nn.Module) and (form_of(base) or (0, None))[1] and not any(map(form_of, others)):
-            raise UsageError(
-                f"an adapter was attached to '{path}' after it was rewritten: what it adds to the layer is not edited",
-                hint="attach adapters before optimize_(…, recipe='training'), and they are rewritten too",
-            )
     if not any(form_of(module) for module in model.modules()):
         raise UsageError(
             f"no module of this {type(model).__name__} was rewritten", hint="optimize_(…, recipe='training') it first"

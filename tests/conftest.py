@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +55,39 @@ def held_out() -> Tensor:
     from train_byte_lm import corpus
 
     return corpus(held_out=True)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function of a place that lets its call number ``at`` fail, with what a full disk raises if nothing else is said."""
+
+    def fail(owner: Any, name: str, at: int = 1, error: BaseException | None = None) -> None:
+        real, number = getattr(owner, name), itertools.count(1)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(number) == at:
+                raise error or OSError(errno.ENOSPC, "no space left on device")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    return fail
+
+
+@pytest.fixture
+def full_disk() -> Any:
+    """Inside ``with full_disk(n)`` the system refuses to let a file grow beyond ``n`` bytes, as a full disk does."""
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

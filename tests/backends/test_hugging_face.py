@@ -103,17 +103,6 @@ def test_whoever_forbids_it_or_runs_another_function_keeps_it() -> None:
     assert names(model) == {"sdpa"}
 
 
-def test_a_failure_gives_the_name_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tautomer._inplace as inplace
-
-    for step in ("check_equivalence", "written"):
-        model, call = eager("gpt2")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(inplace, step, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-            optimize_(model, call)
-        assert names(model) == {"eager"}, step
-
-
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import tautomer.backends.hugging_face as file
 

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from tautomer.__main__ import main
+from tautomer.backends.onnx_table import ROWS
 from tautomer.backends.to_package import PackageReport
 
 FACTORY = """
@@ -113,7 +114,11 @@ def test_explain_catalogue_and_bench(tautomer: Run) -> None:
     code, out, _ = tautomer("explain", "mine:make", "layer-norm-to-rms-norm")
     assert code == 0 and "fired 1" in out
     code, out, _ = tautomer("catalogue", "--json")
-    assert code == 0 and "inference" in json.loads(out)["recipes"]
+    found = json.loads(out)
+    assert code == 0 and "inference" in found["recipes"]
+    assert {row["op"] for row in found["operators"]} == {str(row.op) for row in ROWS}
+    code, out, _ = tautomer("catalogue")
+    assert code == 0 and "RMSNormalization" in out and "cuda, opset ≥ 23" in out and "finetune" in out
     code, out, _ = tautomer("bench", "mine:make", "--rounds", "3", "--json")
     assert code == 0 and json.loads(out)["before_ms"] > 0
 
