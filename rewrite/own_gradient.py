@@ -39,6 +39,7 @@ class OwnGradient:
         autocast: whether it computes in the autocast dtype, as a linear layer does.
         random: whether it draws random numbers.
         fake: makes results of the same shapes and dtypes, for a body that torch cannot look into: a kernel, opaque to compilers.
+        again: the FLOPs of what the backward computes again, of the operands.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OwnGradient:
     autocast: bool = False
     random: bool = False
     fake: Callable[..., Any] | None = None
+    again: Callable[..., int] = lambda *operands: 0
 
     @property
     def overload(self) -> Any:
