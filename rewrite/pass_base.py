@@ -17,6 +17,7 @@ from torch import fx
 from .calibration import Data
 from .claims import Claim
 from .program import Program, path_of, source_of
+from .target import Target
 
 Phase = Literal["canonical", "raise", "rewrite", "choose", "cleanup"]
 FIXED = "tautomer_fixed"
@@ -147,6 +148,7 @@ class Context:
         skip: applications whose id or module path is listed (a prefix counts) do not fire.
         fuel: how many more applications may fire in all; None is no limit. For bisection.
         data: example calls for a pass that measures; None if the user gave none.
+        target: where a pass that spends time measures it; None if nobody said.
     """
 
     log: Log = field(default_factory=Log)
@@ -155,6 +157,7 @@ class Context:
     skip: tuple[str, ...] = ()
     fuel: int | None = None
     data: Data | None = None
+    target: Target | None = None
 
     def lets(self, rewrite: Pass, node: fx.Node) -> bool:
         """Whether the user lets ``rewrite`` fire at ``node``."""
