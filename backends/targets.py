@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.measure import measure, rounds_within
 from tautomer.rewrite.ops import normal
 from tautomer.rewrite.parallel import parallel_linears
 from tautomer.rewrite.program import Program
-from tautomer.rewrite.samples import symbolic_dims
+from tautomer.rewrite.samples import example_sizes, number
 from tautomer.rewrite.target import Compiled, Gain, Target
 
 from . import liger
-from .measure import measure, rounds_within
 from .onnx_check import open_session
 from .to_onnx import to_onnx
 from .to_torch import to_torch
@@ -102,6 +102,7 @@ class Eager:
 
     name: str = "eager"
     device: str | None = None
+    multiple: int = 16
 
     def compile(self, program: Program) -> Compiled:
         module = to_torch(program, kernels=True)
@@ -128,6 +129,7 @@ class Inductor:
 
     name: str = "inductor"
     device: str | None = None
+    multiple: int = 16
 
     def compile(self, program: Program) -> Compiled:
         compiled = torch.compile(to_torch(program)._run)
@@ -152,6 +154,7 @@ class OnnxRuntime:
 
     name: str = "onnxruntime"
     device: str | None = "cpu"
+    multiple: int = 16
 
     def compile(self, program: Program) -> Compiled:
         provider = self.device or "cpu"
@@ -182,7 +185,7 @@ class OnnxRuntime:
 
 
 TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (Eager(), Inductor(), OnnxRuntime(), OnnxRuntime("onnxruntime-cuda", "cuda"))
+    target.name: target for target in (Eager(), Inductor(), OnnxRuntime(), OnnxRuntime("onnxruntime-cuda", "cuda", 64))
 }
 
 
@@ -263,29 +266,12 @@ def _attends(program: Program) -> bool:
 
 def commonest_norm(program: Program) -> Norms | None:
     """The LayerNorm that a program has most of, with the sizes of its example; None if it has none."""
-    sizes = _example_sizes(program)
+    sizes = example_sizes(program)
     found: Counter[Norms] = Counter()
     for node in program.graph.find_nodes(op="call_function", target=_LAYER_NORM):
         x = node.args[0].meta["val"]
-        found[Norms(tuple(_number(s, sizes) for s in x.shape), len(node.args[1]), x.dtype, x.device)] += 1
+        found[Norms(tuple(number(s, sizes) for s in x.shape), len(node.args[1]), x.dtype, x.device)] += 1
     return found.most_common(1)[0][0] if found else None
-
-
-def _example_sizes(program: Program) -> dict[Any, int]:
-    """The value of every symbol in the example."""
-    return {
-        symbol: int(value.shape[axis])
-        for node, value in zip(program.placeholders, program.example, strict=True)
-        for axis, symbol in symbolic_dims(node)
-    }
-
-
-def _number(size: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
-    """A size of the graph in the example; 1 if it depends on the data."""
-    if isinstance(size, int):
-        return size
-    value = size.node.expr.subs(sizes)
-    return int(value) if value.is_Integer else 1
 
 
 def _affordable(norms: Norms) -> tuple[int, ...]:
@@ -327,9 +313,9 @@ def _layers_gain(layers: Layers, before: float, after: float, where: str) -> Gai
 
 def commonest_layers(program: Program) -> Layers | None:
     """The linear layers with one input that a program has most of; None if it has none."""
-    sizes, found = _example_sizes(program), Counter[Layers]()
+    sizes, found = example_sizes(program), Counter[Layers]()
     for group in parallel_linears(program):
-        *rows, width = (_number(s, sizes) for s in group[0].args[0].meta["val"].shape)  # type: ignore[union-attr]
+        *rows, width = (number(s, sizes) for s in group[0].args[0].meta["val"].shape)  # type: ignore[union-attr]
         outputs = [layer.meta["val"] for layer in group]
         features = tuple(int(y.shape[-1]) for y in outputs)
         found[Layers(prod(rows), width, features, outputs[0].dtype, outputs[0].device)] += 1

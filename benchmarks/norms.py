@@ -15,8 +15,6 @@ The last is another function (its statistics come from the example); the others 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch.nn import functional as F
 
 import tautomer
 from tautomer.backends.targets import resolve
+from tautomer.rewrite.measure import in_turns
 from tautomer.rewrite.program import Program
 
 TARGETS = ("eager", "inductor", "onnxruntime")
@@ -77,25 +76,11 @@ class Op(nn.Module):
         return self.call(x)
 
 
-def in_turns(runs: Sequence[Callable[[Sequence[Any]], Any]], inputs: Sequence[Any], seconds: float) -> list[float]:
-    """The median time of each, called in turns for so many seconds after one call to warm up, at least five times."""
-    times: list[list[float]] = [[] for _ in runs]
-    with torch.no_grad():
-        for run in runs:
-            run(inputs)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[0]) < 5:
-            for run, found in zip(runs, times, strict=True):
-                start = time.perf_counter()
-                run(inputs)
-                found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
-
-
 def row(name: str, target: str, programs: Sequence[Program], inputs: Sequence[Any], seconds: float) -> str:
-    first, *others = in_turns([resolve(target).compile(program) for program in programs], inputs, seconds)
+    runs = [resolve(target).compile(program) for program in programs]
+    first, *others = in_turns(runs, inputs, 5, milliseconds=1e3 * seconds)
     figures = " | ".join(f"{other / first:.2f}" for other in others)
-    return f"| {name} | {target} | {1e6 * first:,.0f} µs | {figures} |"
+    return f"| {name} | {target} | {first:,.0f} µs | {figures} |"
 
 
 def header(what: str, columns: Sequence[str]) -> None:

@@ -25,7 +25,6 @@ from typing import Any
 import onnx_ir
 import torch
 import transformers
-from norms import in_turns
 from onnxruntime.transformers import optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +32,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 import tautomer
 from tautomer.backends.onnx_check import open_session
+from tautomer.rewrite.measure import in_turns
 
 VOCABULARY = 50257
 Run = Callable[[Sequence[Tensor]], Any]
@@ -191,9 +191,10 @@ def attentions(seconds: float, folder: Path) -> None:
             model, x = Heads(12, causal).eval(), [torch.randn(batch, length, 768) for _ in range(3)]
             example = dict(zip("qkv", x, strict=True))
             files = [folder / f"{name}-{batch}-{length}-{causal}.onnx" for name in ("apart", "packed")]
-            apart, packed = in_turns([unpacked(model, example, files[0]), ours(model, example, files[1])], x, seconds)
+            runs = [unpacked(model, example, files[0]), ours(model, example, files[1])]
+            apart, packed = in_turns(runs, x, 5, milliseconds=1e3 * seconds)
             print(
-                f"| [{batch}, {length}, 768]{', causal' if causal else ''} | {1e6 * apart:,.0f} µs | {packed / apart:.2f} |",
+                f"| [{batch}, {length}, 768]{', causal' if causal else ''} | {apart:,.0f} µs | {packed / apart:.2f} |",
                 flush=True,
             )
 
@@ -218,7 +219,7 @@ def models(name: str, layers: int, seconds: float, folder: Path) -> None:
         bottom, found = measured(case, model, ways, layers, (batch, length), seconds, folder / f"{name}-{batch}-{length}")
         reasons |= {way: time for way, time in found.items() if isinstance(time, str)}
         figures = " | ".join("–" if isinstance(time, str) else f"{time / bottom:.2f}" for time in found.values())
-        print(f"| {name}, [{batch}, {length}] | {1e3 * bottom:,.1f} ms | {figures} |", flush=True)
+        print(f"| {name}, [{batch}, {length}] | {bottom / 1e3:,.1f} ms | {figures} |", flush=True)
     for way, why in reasons.items():
         print(f"\n{way}: {why}", flush=True)
 
@@ -232,7 +233,8 @@ def measured(
     floor = ours(Floor(case, layers).eval(), {"x": patches}, _file(folder, "floor"))
     built = {way: quietly(partial(build, model, example, _file(folder, way))) for way, build in ways.items()}
     runs = {way: run for way, run in built.items() if not isinstance(run, str)}
-    bottom, *times = in_turns([lambda _: floor([patches]), *runs.values()], list(example.values()), seconds)
+    forms = [lambda _: floor([patches]), *runs.values()]
+    bottom, *times = in_turns(forms, list(example.values()), 5, milliseconds=1e3 * seconds)
     found = dict(zip(runs, times, strict=True))
     return bottom, {way: run if isinstance(run, str) else found[way] for way, run in built.items()}
 

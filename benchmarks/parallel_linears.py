@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 import tautomer
-from tautomer.backends.measure import measure, rounds_within
+from tautomer.rewrite.measure import measure, rounds_within
 
 HEAD = 64
 SHAPES = (

@@ -3,10 +3,14 @@
     every m steps    W <- U_r S_r V_r^T                     the smallest r with sum_{i<=r} S_i^2 >= T sum S_i^2
     before a step    grad W += lambda U_r V_r^T             a subgradient of lambda |W|_*, of the r that are kept
 
-A convolution [N, C, H, W] is a matrix in one of two ways, each of which is two convolutions once it is of low rank r:
+A convolution [N, C, H, W] is a matrix, or N of them, in one of three ways, each of which is two convolutions once of low rank r:
 
-    "channel"    N x (C H W)      conv(C -> r, H x W), then conv(r -> N, 1 x 1)
-    "spatial"    (C H) x (N W)    conv(C -> r, H x 1), then conv(r -> N, 1 x W)
+    "channel"      N x (C H W)       conv(C -> r, H x W), then conv(r -> N, 1 x 1)                       r (C H W + N)
+    "spatial"      (C H) x (N W)     conv(C -> r, H x 1), then conv(r -> N, 1 x W)                       r (C H + N W)
+    "depthwise"    N of C x (H W)    conv(C -> N r, 1 x 1), then conv(N r -> N, H x W) in N groups       r (C + H W) N
+
+The paper calls them NC, VH and ND. Under ND every output sums r paths, each a 1 x 1 convolution and one of a single channel; r is
+one number for all outputs, chosen by what they hold together.
 
 arXiv:2004.14566 (TRP: Trained Rank Pruning for Efficient Deep Neural Networks).
 """
@@ -14,7 +18,7 @@ arXiv:2004.14566 (TRP: Trained Rank Pruning for Efficient Deep Neural Networks).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +30,7 @@ from .low_rank import LowRankLinear
 from .replace import put, selected
 from .structured import dense_of
 
-Matricisation = Literal["channel", "spatial"]
+Matricisation = Literal["channel", "spatial", "depthwise"]
 
 
 class TrainedRankPruning(Callback):
@@ -55,7 +59,7 @@ class TrainedRankPruning(Callback):
         self, model: nn.Module, energy: float = 0.9, every: int = 20, *, nuclear: float = 0.0, matrix: Matricisation = "channel",
         only: Iterable[str] = (), skip: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        if not 0 < energy <= 1 or every < 1 or nuclear < 0 or matrix not in ("channel", "spatial"):
+        if not 0 < energy <= 1 or every < 1 or nuclear < 0 or matrix not in get_args(Matricisation):
             raise UsageError(f"energy={energy}, every={every}, nuclear={nuclear}, matrix={matrix!r}: one of them is out of range")
         self.model, self.energy, self.every, self.nuclear, self.matrix = model, energy, every, nuclear, matrix
         modules, skip = dict(model.named_modules()), tuple(skip)
@@ -71,7 +75,7 @@ class TrainedRankPruning(Callback):
             if weight.grad is not None:
                 U, S, Vh = _svd(as_matrix(weight, self.matrix))
                 r = rank_of(S, self.energy)
-                weight.grad += self.nuclear * as_weight(U[:, :r] @ Vh[:r], weight, self.matrix)
+                weight.grad += self.nuclear * as_weight(U[..., :r] @ Vh[..., :r, :], weight, self.matrix)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -80,7 +84,7 @@ class TrainedRankPruning(Callback):
                 weight: Tensor = layer.weight  # type: ignore[assignment]
                 U, S, Vh = _svd(as_matrix(weight, self.matrix))
                 r = rank_of(S, self.energy)
-                weight.copy_(as_weight((U[:, :r] * S[:r]) @ Vh[:r], weight, self.matrix))
+                weight.copy_(as_weight((U * S[..., None, :])[..., :r] @ Vh[..., :r, :], weight, self.matrix))
 
     def decompose(self, energy: float = 1 - 1e-6) -> tuple[str, ...]:
         """Put two factors in the place of every layer that then has fewer parameters; the paths where that was done.
@@ -92,28 +96,30 @@ class TrainedRankPruning(Callback):
         for path, layer in self.layers.items():
             weight: Tensor = layer.weight  # type: ignore[assignment]
             matrix = as_matrix(weight.detach(), self.matrix)
-            rank = rank_of(torch.linalg.svdvals(matrix.double()), energy)
-            if rank * sum(matrix.shape) < matrix.numel():
+            rank, (rows, columns) = rank_of(torch.linalg.svdvals(matrix.double()), energy), matrix.shape[-2:]
+            if rank * (rows + columns) < rows * columns:
                 made[id(self.layers[path])] = factored(layer, rank, self.matrix)
         return put(self.model, made)
 
 
 def rank_of(S: Tensor, energy: float) -> int:
-    """The smallest r with sum_{i<=r} S_i^2 >= energy sum S_i^2, at least 1."""
-    share = S.square().cumsum(0)
-    return max(1, min(len(S), int((share < energy * share[-1]).sum()) + 1))
+    """The smallest r with sum_{i<=r} S_i^2 >= energy sum S_i^2, at least 1; for several matrices [N, k] the sums run over all."""
+    share = S.square().reshape(-1, S.shape[-1]).sum(0).cumsum(0)
+    return max(1, min(len(share), int((share < energy * share[-1]).sum()) + 1))
 
 
 def as_matrix(weight: Tensor, matrix: Matricisation) -> Tensor:
-    """A weight as a matrix; see the module."""
+    """A weight as a matrix, or as N of them; see the module."""
     if weight.ndim == 2:
         return weight
+    if matrix == "depthwise":
+        return weight.flatten(2)
     return weight.flatten(1) if matrix == "channel" else weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 def as_weight(value: Tensor, like: Tensor, matrix: Matricisation) -> Tensor:
     """The inverse of ``as_matrix``."""
-    if like.ndim == 2 or matrix == "channel":
+    if like.ndim == 2 or matrix != "spatial":
         return value.reshape(like.shape).to(like.dtype)
     N, C, H, W = like.shape
     return value.reshape(C, H, N, W).permute(2, 0, 1, 3).to(like.dtype)
@@ -133,14 +139,18 @@ def factored(layer: nn.Module, rank: int, matrix: Matricisation = "channel") -> 
         assert dense is not None
         return LowRankLinear.from_dense(dense, rank)
     U, S, Vh = _svd(as_matrix(layer.weight.double(), matrix))
-    if not 1 <= rank <= len(S):
-        raise UsageError(f"a matrix [{len(U)}, {Vh.shape[1]}] has no rank {rank}", hint=f"a rank from 1 to {len(S)}")
-    root = S[:rank].sqrt()
-    left, right = U[:, :rank] * root, root[:, None] * Vh[:rank]
+    if not 1 <= rank <= S.shape[-1]:
+        shape = f"[{U.shape[-2]}, {Vh.shape[-1]}]"
+        raise UsageError(f"a matrix {shape} has no rank {rank}", hint=f"a rank from 1 to {S.shape[-1]}")
+    root = S[..., :rank].sqrt()
+    left, right = U[..., :rank] * root[..., None, :], root[..., None] * Vh[..., :rank, :]
     N, C, H, W = layer.weight.shape
     if matrix == "channel":
         first = _part(layer, right.reshape(rank, C, H, W), (True, True))
         second = _part(layer, left.reshape(N, rank, 1, 1), (False, False))
+    elif matrix == "depthwise":
+        first = _part(layer, left.mT.reshape(N * rank, C, 1, 1), (False, False))
+        second = _part(layer, right.reshape(N, rank, H, W), (True, True), groups=N)
     else:
         first = _part(layer, left.t().reshape(rank, C, H, 1), (True, False))
         second = _part(layer, right.reshape(rank, N, W).movedim(1, 0).unsqueeze(2), (False, True))
@@ -148,7 +158,7 @@ def factored(layer: nn.Module, rank: int, matrix: Matricisation = "channel") -> 
     return nn.Sequential(first, second).train(layer.training)
 
 
-def _part(layer: nn.Conv2d, weight: Tensor, axes: tuple[bool, bool]) -> nn.Conv2d:
+def _part(layer: nn.Conv2d, weight: Tensor, axes: tuple[bool, bool], groups: int = 1) -> nn.Conv2d:
     """A convolution that takes stride, padding and dilation of ``layer`` on the chosen axes."""
 
     def kept(values: tuple[int, ...], neutral: int) -> tuple[int, int]:
@@ -158,8 +168,8 @@ def _part(layer: nn.Conv2d, weight: Tensor, axes: tuple[bool, bool]) -> nn.Conv2
     N, C, *kernel = weight.shape
     old = layer.weight
     made = nn.Conv2d(
-        C, N, tuple(kernel), kept(layer.stride, 1), padding, kept(layer.dilation, 1), bias=False,  # type: ignore[arg-type]
-        padding_mode=layer.padding_mode, device=old.device, dtype=old.dtype,
+        C * groups, N, tuple(kernel), kept(layer.stride, 1), padding, kept(layer.dilation, 1), groups,  # type: ignore[arg-type]
+        bias=False, padding_mode=layer.padding_mode, device=old.device, dtype=old.dtype,
     )  # fmt: skip
     made.weight.copy_(weight)
     return made.requires_grad_(old.requires_grad)

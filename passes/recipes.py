@@ -42,6 +42,7 @@ from .cleanup.name_weights import NameWeights
 from .lowrank.factor_linears import Allocation, FactorLinears
 from .lowrank.merge_consecutive_linears import MergeConsecutiveLinears
 from .lowrank.merge_lora import MergeLora
+from .lowrank.prices import Of
 from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
 from .memory.checkpoint_blocks import CheckpointBlocks
@@ -365,7 +366,7 @@ class LongContext(Recipe):
 
 @dataclass(frozen=True)
 class Compress(Recipe):
-    """Linear layers of low rank within a budget of parameters: another function, near to the model on ``data``.
+    """Linear layers of low rank within a budget of parameters, FLOPs or time: another function, near to the model on ``data``.
 
     The factors are parameters: the result trains, and a short training recovers most of what was lost.
 
@@ -375,14 +376,17 @@ class Compress(Recipe):
     name: ClassVar[str] = "compress"
     ratio: float = 0.6
     allocation: Allocation = "predicted"
-    multiple: int = 8
+    multiple: int | None = None
     generations: int = 0
+    of: Of = "parameters"
 
     def __post_init__(self) -> None:
         self._factor()
 
     def _factor(self) -> FactorLinears:
-        return FactorLinears(self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations)
+        return FactorLinears(
+            self.ratio, of=self.of, allocation=self.allocation, multiple=self.multiple, generations=self.generations
+        )
 
     def passes(self) -> tuple[Pass, ...]:
         return (FoldWeights(), MergeConsecutiveLinears(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())

@@ -39,6 +39,7 @@ One vocabulary, and emission in it:
     metadata.py     The metadata of a new node: what the op returns on fake tensors, remembered
     structured.py   A matrix as a product of structured factors: shapes, its product with x, the nearest one, its start
     emit.py         The vocabulary over a graph: nodes, and new weights where it reads weights alone
+    compose.py      A small program written in the vocabulary
     substitution.py New nodes stand for old ones: whoever reads them can still run, and nothing else notices
 
 From a model to a program:
@@ -56,8 +57,9 @@ From a model to a program:
 
 What a rewrite is, and what it may say:
 
-    pass_base.py    A pass: one rewrite of a whole program, with a name, a claim and a source
+    measure.py      Programs timed against each other in turns
     target.py       What a target is: where a program will run, and whether a rewrite pays there
+    pass_base.py    A pass: one rewrite of a whole program, with a name, a claim and a source
     relations.py    How a value of the rewritten program stands to the value it comes from
 
 Holding a program to a claim:
@@ -81,6 +83,7 @@ Facts for rewrites of a whole program:
 
     axes.py         An axis of a tensor, followed through the ops that carry it
     layers.py       Linear layers, convolutions and products with a weight, with a diagonal map on either side
+    latency.py      How long a layer takes on a target, dense and in two factors, by rank
     readers.py      Who reads the channels of a value: layers, behind what only moves them
     diagonal.py     A factor and a shift per channel, and the way to the layers around them
     masks.py        A mask that is computed from sizes alone, as the band it keeps

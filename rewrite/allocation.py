@@ -3,13 +3,14 @@
     min sum_l loss_l(o_l)    such that    sum_l cost_l(o_l) <= budget
 
 Pure functions over curves. An option of a layer is its cost and its loss; staying as it is, is one of them, which makes the curve
-not convex: a threshold (``waterfill``) solves the relaxed problem, the dynamic program this one (arXiv:2201.13096).
+not convex: a threshold (``waterfill``) solves the problem without that option, the dynamic program this one (arXiv:2201.13096).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,14 @@ class Option(NamedTuple):
 Curve = Sequence[Option]
 Choice = tuple[int, ...]
 """The index of one option per layer."""
+Show = Callable[[int], str]
 
 
 def spent(curves: Sequence[Curve], choice: Choice) -> int:
     return sum(curve[index].cost for curve, index in zip(curves, choice, strict=True))
 
 
-def require_feasible(curves: Sequence[Curve], budget: int) -> None:
+def require_feasible(curves: Sequence[Curve], budget: int, show: Show = lambda amount: f"{amount:,} parameters") -> None:
     """
     Raises:
         UsageError: even the smallest options cost more than the budget.
@@ -45,7 +47,7 @@ def require_feasible(curves: Sequence[Curve], budget: int) -> None:
     if floor > budget:
         full = sum(max(option.cost for option in curve) for curve in curves)
         raise UsageError(
-            f"the budget is {budget:,} parameters, and the smallest factors have {floor:,}",
+            f"the budget is {show(budget)}, and the smallest factors have {show(floor)}",
             hint=f"a ratio of at least {floor / full:.3f}, or a smaller multiple",
         )
 
@@ -98,6 +100,45 @@ def waterfill(gains: Sequence[Sequence[float]], costs: Sequence[int], budget: in
         budget -= costs[layer]
         ranks[layer] += 1
     return ranks
+
+
+def between(x: float, points: Mapping[int, float]) -> float:
+    """Linear between the points, constant outside.
+
+    Example:
+        >>> between(3, {2: 1.0, 4: 2.0}), between(9, {2: 1.0, 4: 2.0})
+        (1.5, 2.0)
+    """
+    below, above = [p for p in points if p <= x], [p for p in points if p >= x]
+    if not below or not above:
+        return points[min(points) if not below else max(points)]
+    low, high = max(below), min(above)
+    return points[low] if low == high else points[low] + (points[high] - points[low]) * (x - low) / (high - low)
+
+
+def threshold(curves: Sequence[Curve], budget: int) -> Choice:
+    """The choice by one threshold for all layers: what gains no less of the loss per cost than that is taken, while it fits.
+
+    A layer whose options but dense all lie above the threshold becomes dense if the rest of the budget suffices.
+
+    Args:
+        curves: by increasing cost, dense last; the others in equal steps of cost, with losses that fall ever more slowly.
+
+    Raises:
+        UsageError: as of ``require_feasible``.
+    """
+    require_feasible(curves, budget)
+    gains = [[a.loss - b.loss for a, b in pairwise(curve[:-1])] for curve in curves]
+    steps = [curve[1].cost - curve[0].cost if len(curve) > 2 else 1 for curve in curves]
+    choice = waterfill(gains, steps, budget - sum(curve[0].cost for curve in curves))
+    left = budget - spent(curves, tuple(choice))
+    full = [layer for layer, curve in enumerate(curves) if choice[layer] == len(curve) - 2]
+    price = {layer: curves[layer][-1].cost - curves[layer][-2].cost for layer in full}
+    for layer in sorted(full, key=lambda layer: curves[layer][-2].loss / max(1, price[layer]), reverse=True):
+        if price[layer] <= left:
+            choice[layer] += 1
+            left -= price[layer]
+    return tuple(choice)
 
 
 def evolve(

@@ -150,6 +150,12 @@ class Layer:
         W = self.weight if s is None else self._times(op, s, self.kind.reads)
         return self._call(op, {**given, self.kind.W: W}, b)
 
+    def on(self, op: GraphOps, x: Any, W: Any, b: Any) -> fx.Node:
+        """The same call on other operands; stride, padding and dilation stay."""
+        bound = {**self.bound, self.kind.x: x, self.kind.W: W, "bias": b}
+        made: fx.Node = op(self.node.target)(*bound.values())  # type: ignore[arg-type]
+        return made
+
     # -- weights ----------------------------------------------------------------------------------------------
 
     def _times(self, op: GraphOps, s: Factor, axis: int) -> Any:

@@ -18,6 +18,7 @@ from .calibration import Data
 from .claims import Claim
 from .memory_plan import MemoryPlan
 from .program import CHECKPOINT, PLAN, Program, path_of, source_of
+from .target import Target
 
 Phase = Literal["canonical", "raise", "rewrite", "choose", "cleanup"]
 FIXED = "tautomer_fixed"
@@ -157,6 +158,7 @@ class Context:
         skip: applications whose id or module path is listed (a prefix counts) do not fire.
         fuel: how many more applications may fire in all; None is no limit. For bisection.
         data: example calls for a pass that measures; None if the user gave none.
+        target: where a pass that spends time measures it; None if nobody said.
     """
 
     log: Log = field(default_factory=Log)
@@ -165,6 +167,7 @@ class Context:
     skip: tuple[str, ...] = ()
     fuel: int | None = None
     data: Data | None = None
+    target: Target | None = None
 
     def lets(self, rewrite: Pass, node: fx.Node) -> bool:
         """Whether the user, and the plan if there is one, lets ``rewrite`` fire at ``node``."""

@@ -21,7 +21,7 @@ from .claims import ALGEBRAIC, BITWISE, FORWARD_ORDER, GRADIENT_ORDER, Claim
 from .engine import apply_rules
 from .errors import ClaimBroken
 from .evidence import Difference, Evidence
-from .pass_base import Application, Context, Log, Pass, Refusal
+from .pass_base import Application, Context, Log, Pass, Purpose, Refusal
 from .program import Program
 from .rules import Rule, note_misses
 from .target import Gain, Target
@@ -38,6 +38,7 @@ class Outcome:
         withdrawn: passes whose claim broke, with the sentence.
         evidence: of the whole; None if nothing fired or checking was off.
         seconds: time spent by phase ("rewriting", "verification").
+        purposes: what those that fired are for.
     """
 
     log: Log
@@ -45,6 +46,7 @@ class Outcome:
     withdrawn: dict[str, str] = field(default_factory=dict)
     evidence: Evidence | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    purposes: frozenset[Purpose] = frozenset()
 
 
 def run_passes(
@@ -75,6 +77,8 @@ def run_passes(
         if _run_chain(chain, program, before, target, context, outcome, check):
             program.forget()
             before = program.copy()
+    fired = {application.rewrite for application in context.log.applications}
+    outcome.purposes = frozenset(p.purpose for p in passes if p.name in fired)
     if outcome.evidence is not None and outcome.evidence.differences:
         with _timed(outcome, "verification"):
             outcome.evidence = replace(outcome.evidence, moved=measure_program(original, program))

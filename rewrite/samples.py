@@ -8,7 +8,7 @@ another branch there) are no samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .program import Program
+from .shapes import Size
 from .signature import holds
 
 _BATCH, _LENGTH = 2, 16
@@ -116,6 +117,23 @@ def symbolic_dims(node: fx.Node) -> list[tuple[int, Any]]:
         return []
     sizes: list[tuple[int, Any]] = [(axis, size) for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
     return [(axis, size.node.expr) for axis, size in sizes if size.node.expr.is_Symbol]
+
+
+def example_sizes(program: Program) -> dict[Any, int]:
+    """The value of every symbol in the example."""
+    return {
+        symbol: int(value.shape[axis])
+        for node, value in zip(program.placeholders, program.example, strict=True)
+        for axis, symbol in symbolic_dims(node)
+    }
+
+
+def number(size: Size, sizes: Mapping[Any, int]) -> int:
+    """A size of the graph in the example; 1 if it depends on the data."""
+    if isinstance(size, int):
+        return size
+    value = size.node.expr.subs(sizes)
+    return int(value) if value.is_Integer else 1
 
 
 def alike(program: Program) -> list[list[Any]]:

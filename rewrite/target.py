@@ -47,6 +47,7 @@ class Target(Protocol):
     Attributes:
         name: as the user spells it, ``onnxruntime-cuda``.
         device: "cpu" or "cuda"; None where the model's own device decides.
+        multiple: inner sizes that are a multiple of it suit its matrix products.
     """
 
     @property
@@ -54,6 +55,9 @@ class Target(Protocol):
 
     @property
     def device(self) -> str | None: ...
+
+    @property
+    def multiple(self) -> int: ...
 
     def compile(self, program: Program) -> Compiled:
         """``program`` made ready to run here, for measuring: flat inputs to flat outputs, without gradients."""

@@ -18,19 +18,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from ._torch import FakeTensorMode, pytree
+from .compose import compose
 from .emit import GraphOps
 from .errors import ClaimBroken, Refused
 from .evidence import FORWARD, relative_error
 from .interpret import interpret
-from .metadata import Derived, Metadata, refresh
+from .metadata import Metadata, refresh
 from .ops import form_of
 from .pass_base import Context
 from .program import Program
 from .rules import Rule
-from .signature import Signature
 from .symbols import SYMBOLS, AnyOf, Call, Fact, Variable, trace
-from .weights import Weights
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WEIGHTS = ("weight", "parameter")
@@ -207,37 +205,27 @@ def _spell(variables: tuple[Variable, ...], roots: tuple[Any, ...], chosen: dict
     tensors = {v: sample[v.name] for v in variables if isinstance(sample[v.name], Tensor)}
     weights = {v.name: tensor for v, tensor in tensors.items() if v.kind in _WEIGHTS and v.name != runtime}
     inputs = {v.name: tensor for v, tensor in tensors.items() if v.name not in weights}
-    graph, mode = fx.Graph(), FakeTensorMode()
-    bound = dict(sample)
-    for group, make in ((weights, graph.get_attr), (inputs, graph.placeholder)):
-        for key, tensor in group.items():
-            bound[key] = make(key)
-            bound[key].meta["val"] = mode.from_tensor(tensor)
-    output = graph.output(())
-    table = Weights.of({k: torch.nn.Parameter(v) for k, v in weights.items()}, {}, {})
-    _, spec = pytree.tree_flatten(tuple(roots))
-    signature = Signature.of(lambda *args: None, name, tuple(inputs.values()), {}, spec)
-    program = Program(graph, table, signature, tuple(inputs.values()), name=name)
-    op = GraphOps(program, output)
-    made: dict[int, Any] = {}
 
-    def value(pattern: Any) -> Any:
-        if isinstance(pattern, Variable):
-            return bound[pattern.name]
-        if isinstance(pattern, AnyOf):
-            return value(chosen[id(pattern)])
-        if isinstance(pattern, Fact):
-            return getattr(op, pattern.name)(value(pattern.of))
-        if isinstance(pattern, Call):
-            if id(pattern) not in made:
-                args, kwargs = _arguments(pattern)
-                made[id(pattern)] = op.apply(pattern.op, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
-            return made[id(pattern)]
-        return [value(p) for p in pattern] if isinstance(pattern, (list, tuple)) else pattern
+    def results(op: GraphOps, nodes: Mapping[str, fx.Node]) -> list[Any]:
+        bound, made = {**sample, **nodes}, dict[int, Any]()
 
-    results = [value(root) for root in roots]
-    output.args = (tuple(op.node(r) if isinstance(r, (fx.Node, Derived)) else r for r in results),)
-    return program
+        def value(pattern: Any) -> Any:
+            if isinstance(pattern, Variable):
+                return bound[pattern.name]
+            if isinstance(pattern, AnyOf):
+                return value(chosen[id(pattern)])
+            if isinstance(pattern, Fact):
+                return getattr(op, pattern.name)(value(pattern.of))
+            if isinstance(pattern, Call):
+                if id(pattern) not in made:
+                    args, kwargs = _arguments(pattern)
+                    made[id(pattern)] = op.apply(pattern.op, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
+                return made[id(pattern)]
+            return [value(p) for p in pattern] if isinstance(pattern, (list, tuple)) else pattern
+
+        return [value(root) for root in roots]
+
+    return compose(name, weights, inputs, results)
 
 
 def _arguments(call: Call) -> tuple[list[Any], dict[str, Any]]:

@@ -17,7 +17,6 @@ from torch import nn
 from tautomer.backends.archive import load as load
 from tautomer.backends.archive import save as save
 from tautomer.backends.files import staged, writable
-from tautomer.backends.measure import measure
 from tautomer.backends.onnx_table import ROWS
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
@@ -34,8 +33,9 @@ from tautomer.rewrite.capture import capture_parts
 from tautomer.rewrite.claims import ALGEBRAIC, Claim
 from tautomer.rewrite.drawing import draw as draw_program
 from tautomer.rewrite.equivalence import check_equivalence
-from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.errors import TautomerError, UsageError
 from tautomer.rewrite.evidence import Evidence
+from tautomer.rewrite.measure import measure
 from tautomer.rewrite.pass_base import Context, Log, Note, Pass
 from tautomer.rewrite.pipeline import Outcome, run_passes
 from tautomer.rewrite.program import Program, path_of
@@ -146,7 +146,7 @@ def optimize(
     recipe = _recipe(recipe)
     where = _target(target)
     measured = None if data is None else Data(data, tell)
-    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel, data=measured)
+    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel, data=measured, target=where)
     plan = _Plan(_passes(recipe, passes), where, passes is None, context, check, tell)
     start = perf_counter()
     tell("capturing")
@@ -233,7 +233,7 @@ def optimize_parts(
     tell = _progress(progress)
     recipe = _recipe(recipe)
     where = _target(target)
-    plan = _Plan(recipe.passes(), where, True, Context(), check, tell)
+    plan = _Plan(recipe.passes(), where, True, Context(target=where), check, tell)
     start = perf_counter()
     tell("capturing")
     parts = capture_parts(model, args, kwargs, dynamic_shapes=dynamic_shapes)
@@ -751,8 +751,15 @@ def _summary(rewrite: Pass) -> str:
 
 
 def _measure(original: Program, program: Program, target: Target, outcome: Outcome) -> Timing | None:
-    """Both programs on the example, alternating; only where making them ready costs little, and something fired."""
-    if not target.name.startswith("eager") or not outcome.log.applications:
+    """Both programs on the example, alternating, if something fired: where that costs little, or it was made smaller.
+
+    What is smaller is not always faster: that is said on every target.
+    """
+    if not outcome.log.applications or not (target.name.startswith("eager") or "size" in outcome.purposes):
         return None
-    before, after = measure(target.compile(original), target.compile(program), original.example)
+    try:
+        before, after = measure(target.compile(original), target.compile(program), original.example)
+    except TautomerError as failure:
+        outcome.log.notes.append(Note("optimize", program.name, f"not timed on {target.name}: {failure.what}"))
+        return None
     return Timing(before / 1e3, after / 1e3, target.name)

@@ -1,4 +1,4 @@
-"""Linear layers of low rank, each of the rank that a budget of parameters leaves it.
+"""Linear layers of low rank, each of the rank that a budget of parameters, FLOPs or time leaves it.
 
     linear(x, W, b)  ->  linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)
 
@@ -8,17 +8,22 @@ Where the layer has a bias, the covariance of x is centred and the bias takes th
 Without data this is the plain SVD: much worse, and said so.
 
 Ranks: a dynamic program spends the budget where the outputs lose least, with "stays dense" among the options. What a layer loses
-is predicted from the same statistics ("predicted"), or measured with one layer factored at a time ("measured"). Errors of the
-layers' own outputs cannot be compared: their sum is worse than one ratio for all, and is not offered. Losses do not quite add up,
-so a search may then move budget between layers and measure the whole. None of it needs labels: the loss is the KL of the logits,
-or the relative error of the outputs of a model without logits.
+is predicted from the same statistics ("predicted"), or measured with one layer factored at a time ("measured"); "threshold" keeps
+what saves the outputs most per cost, by one threshold on the weighted singular values of all layers. Errors of the layers' own
+outputs cannot be compared: their sum is worse than one ratio for all, and is not offered. Losses do not quite add up, so a search
+may then move budget between layers and measure the whole. None of it needs labels: the loss is the KL of the logits, or the
+relative error of the outputs of a model without logits.
+
+The budget is a part of the parameters of all layers, of their FLOPs in the example (a head that reads one position costs less
+than a layer that reads them all), or of their time on the target (prices.py). Of a time, only layers that are faster in factors
+there, at some rank, are part; the others stay dense.
 
 arXiv:2403.07378 (SVD-LLM: the whitened factors), arXiv:2410.14649 (EvoPress: the search).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
@@ -26,22 +31,27 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, fx
 
-from tautomer.rewrite.allocation import Choice, Option, allocate, evolve, require_feasible, spent
+from tautomer.rewrite.allocation import Choice, Option, allocate, between, evolve, require_feasible, spent, threshold
 from tautomer.rewrite.claims import APPROXIMATE
 from tautomer.rewrite.divergence import Divergence, sensitivities
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
 from tautomer.rewrite.factors import Factors, Moments, break_even, cost, factor
+from tautomer.rewrite.latency import Latency
 from tautomer.rewrite.layers import Layer, layer_of
 from tautomer.rewrite.moments import moments
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, path_of, target_name
 
-Allocation = Literal["predicted", "measured", "uniform"]
+from .prices import Of, Prices, Sizes, microseconds
+
+Allocation = Literal["predicted", "measured", "uniform", "threshold"]
 Error = Literal["outputs", "layer"]
 GRID = 64
 """A layer has about as many sizes to choose from, besides dense."""
+MULTIPLE = 8
+"""Ranks are multiples of it."""
 PROBES = (0.3, 0.7)
 """The sizes at which the loss of a layer is measured."""
 
@@ -83,11 +93,15 @@ class FactorLinears(Pass):
     """A linear layer → two thin ones; see the module.
 
     Args:
-        ratio: the part of the parameters of all layers that may be factored (and that ``only`` and ``skip`` admit) which is
-            left. From 1 on, nothing is done.
+        ratio: the part of what all layers cost that may be factored (and that ``only`` and ``skip`` admit) which is left. From 1
+            on, nothing is done.
+        of: the cost: "parameters"; "flops" of the layers in the example; or "latency", their time there on the target, measured
+            for each shape at a few ranks.
         allocation: where the budget goes: by losses "predicted" from the statistics or "measured" one layer at a time (a run of
-            ``calls`` for each of two sizes of every layer), or "uniform": ``ratio`` in every layer.
-        multiple: ranks are rounded down to a multiple of it.
+            ``calls`` for each of two sizes of every layer); by one "threshold" on predicted losses; or "uniform": ``ratio`` in
+            every layer.
+        multiple: ranks are rounded down to a multiple of it; by default 8, or what the products of the target like best if the
+            budget is a time.
         generations: of the search after the measured allocation; 0 is none.
         error: how errors of a layer's output are weighed: by what the "outputs" of the model lose, or all alike ("layer").
         calls: how many calls of the data the losses are measured on; their outputs are kept meanwhile.
@@ -99,33 +113,40 @@ class FactorLinears(Pass):
     paper = "arXiv:2403.07378, arXiv:2410.14649"
     purpose: ClassVar[Purpose] = "size"
 
-    def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "predicted", multiple: int = 8, generations: int = 0,
-                 error: Error = "outputs", calls: int = 4, tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
+    def __init__(self, ratio: float = 0.6, *, of: Of = "parameters", allocation: Allocation = "predicted",
+                 multiple: int | None = None, generations: int = 0, error: Error = "outputs", calls: int = 4,
+                 tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
         if not ratio > 0:
             raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
+        if of not in get_args(Of):
+            raise UsageError(f"of is {of!r}", hint=" or ".join(map(repr, get_args(Of))))
         if allocation not in get_args(Allocation):
             raise UsageError(f"allocation is {allocation!r}", hint=" or ".join(map(repr, get_args(Allocation))))
         if error not in get_args(Error):
             raise UsageError(f"error is {error!r}", hint=" or ".join(map(repr, get_args(Error))))
-        if allocation == "predicted" and error == "layer":
+        if allocation == "threshold" and of == "latency":
+            raise UsageError("a threshold needs ranks of equal cost, which times are not", hint="allocation='predicted'")
+        if allocation in ("predicted", "threshold") and error == "layer":
             raise UsageError("errors of layers cannot be compared", hint="error='outputs', or allocation='measured' or 'uniform'")
-        if multiple < 1 or calls < 1 or generations < 0:
+        if (multiple is not None and multiple < 1) or calls < 1 or generations < 0:
             raise UsageError("multiple and calls are at least 1, generations at least 0")
-        self.ratio, self.allocation, self.multiple, self.generations = ratio, allocation, multiple, generations
+        self.ratio, self.of, self.allocation, self.multiple, self.generations = ratio, of, allocation, multiple, generations
         self.error, self.calls, self.tokens, self.seed = error, calls, tokens, seed
+        self._times: dict[Hashable, Latency] = {}
 
     def run(self, program: Program, context: Context) -> None:
         if self.ratio >= 1:
             return
-        editor = Editor(program)
-        found = list(self._candidates(editor, context))
-        if not found:
+        editor, prices = Editor(program), Prices(self.of, program, context.target, self._times)
+        priced = list(self._candidates(editor, prices, context))
+        if not priced:
             return
+        found, sizes = [c for c, _ in priced], [s for _, s in priced]
         seen: Mapping[fx.Node, Moments] = {}
         if context.data is not None:
             seen = moments(program, context.data, {c.x: c.layer.axis for c in found}, self.tokens)
         factors = self._factors(found, program, seen, context)
-        plan = _Plan(self, program, found, factors, [seen[c.x].mean if c.x in seen else None for c in found])
+        plan = _Plan(self, program, found, sizes, prices, factors, [seen[c.x].mean if c.x in seen else None for c in found])
         ranks = plan.ranks(context)
         for index, (candidate, rank) in enumerate(zip(found, ranks, strict=True)):
             if context.fuel is not None and context.fuel <= 0:
@@ -133,15 +154,29 @@ class FactorLinears(Pass):
             self._apply(candidate, rank, plan, index, editor, context)
         _tell(self, plan, ranks, seen, context)
 
-    def _candidates(self, editor: Editor, context: Context) -> Iterator[Matrix]:
+    def _candidates(self, editor: Editor, prices: Prices, context: Context) -> Iterator[tuple[Matrix, Sizes]]:
         for node in list(editor.program.graph.nodes):
             layer = layer_of(node) if node.op == "call_function" else None
             if layer is None or not context.admits(self, node):
                 continue
             try:
-                yield candidate(layer, editor)
+                found = candidate(layer, editor)
+                yield found, prices.sizes(layer, self._ranks(found, context))
             except Refused as refusal:
                 context.refused(self, node, str(refusal))
+
+    def _ranks(self, c: Matrix, context: Context) -> list[int]:
+        """The ranks that a layer may take, increasing."""
+        k, largest = self._multiple(context), break_even(c.m, c.n)
+        if self.allocation == "threshold":
+            return list(range(k, largest + 1, k))
+        step = max(1, largest // k // GRID) * k
+        wanted = int(self.ratio * c.m * c.n / (c.m + c.n)) // k * k
+        return sorted({rank for rank in (*range(step, largest + 1, step), wanted) if 0 < rank <= largest})
+
+    def _multiple(self, context: Context) -> int:
+        best = context.target.multiple if self.of == "latency" and context.target is not None else MULTIPLE
+        return self.multiple or best
 
     def _factors(
         self, found: Sequence[Matrix], program: Program, seen: Mapping[fx.Node, Moments], context: Context
@@ -161,9 +196,8 @@ class FactorLinears(Pass):
             dense = (
                 f"stays dense: {cost(c.m, c.n, None):,} parameters, which factors have from rank {break_even(c.m, c.n) + 1} on"
             )
-            context.refused(
-                self, node, dense if break_even(c.m, c.n) < self.multiple else "stays dense: the budget is spent better elsewhere"
-            )
+            small = break_even(c.m, c.n) < self._multiple(context)
+            context.refused(self, node, dense if small else "stays dense: the budget is spent better elsewhere")
             return
         emit = lambda op: [low_rank(op, c, plan.factors[index], rank, plan.means[index])]  # noqa: E731
         try:
@@ -217,44 +251,32 @@ def low_rank(op: GraphOps, c: Matrix, factors: Factors, rank: int, mean: Tensor 
         b = op.node(op.add(b, op.sub(op.mv(matrix, mu), op.mv(P, op.mv(B, mu)))), "bias", beside=W)
     for_kernel = [1] * layer.kind.dims
     down, up = (op.reshape(M, [*M.fake.shape, *for_kernel]) if for_kernel else M for M in (B, A))
-    return _call(op, layer, _call(op, layer, c.x, op.node(down), None), op.node(up), b)
-
-
-def _call(op: GraphOps, layer: Layer, x: fx.Node, W: fx.Node, b: Any) -> fx.Node:
-    bound = {**layer.bound, layer.kind.x: x, layer.kind.W: W, "bias": b}
-    made: fx.Node = op(layer.node.target)(*bound.values())  # type: ignore[arg-type]
-    return made
+    return layer.on(op, layer.on(op, c.x, op.node(down), None), op.node(up), b)
 
 
 class _Plan:
     """Which rank each layer takes: what was measured, and what it was measured with."""
 
-    def __init__(self, rewrite: FactorLinears, program: Program, layers: Sequence[Matrix], factors: Sequence[Factors],
-                 means: Sequence[Tensor | None]) -> None:  # fmt: skip
+    def __init__(self, rewrite: FactorLinears, program: Program, layers: Sequence[Matrix], sizes: Sequence[Sizes],
+                 prices: Prices, factors: Sequence[Factors], means: Sequence[Tensor | None]) -> None:  # fmt: skip
         self.rewrite, self.program, self.layers, self.factors, self.means = rewrite, program, layers, factors, means
-        self.total = sum(cost(c.m, c.n, None) for c in layers)
+        self.sizes, self.prices = sizes, prices
+        self.total = sum(s.costs[-1] for s in sizes)
         self.budget = int(rewrite.ratio * self.total)
-        self.options = [self._ranks(c) for c in layers]
+        self.options = [s.ranks for s in sizes]
         self.losses: list[list[float]] = []
         self.divergence: Divergence | None = None
 
-    def _ranks(self, c: Matrix) -> list[int | None]:
-        """Ranks by size, dense last."""
-        k, largest = self.rewrite.multiple, break_even(c.m, c.n)
-        step = max(1, largest // k // GRID) * k
-        wanted = int(self.rewrite.ratio * c.m * c.n / (c.m + c.n)) // k * k
-        return [*sorted({rank for rank in (*range(step, largest + 1, step), wanted) if 0 < rank <= largest}), None]
-
     def ranks(self, context: Context) -> list[int | None]:
-        costs = [[cost(c.m, c.n, rank) for rank in row] for c, row in zip(self.layers, self.options, strict=True)]
-        require_feasible([[Option(size, 0.0) for size in row] for row in costs], self.budget)
+        costs = [s.costs for s in self.sizes]
+        require_feasible([[Option(size, 0.0) for size in row] for row in costs], self.budget, self.prices.told)
         if self.rewrite.allocation == "uniform" or context.data is None:
-            return [self._uniform(c, row) for c, row in zip(self.layers, self.options, strict=True)]
+            return self._of(self._uniform())
         calls = list(islice(context.data.each(self.program), self.rewrite.calls))
         self.divergence = Divergence(self.program, calls, self.rewrite.tokens)
         self.losses = [self._curve(index, context) for index in range(len(self.layers))]
         curves = [[Option(*o) for o in zip(sizes, row, strict=True)] for sizes, row in zip(costs, self.losses, strict=True)]
-        start = allocate(curves, self.budget)
+        start = (threshold if self.rewrite.allocation == "threshold" else allocate)(curves, self.budget)
         if self.rewrite.generations:
             start = self._best_start(start, curves)
             start = evolve(curves, self.budget, start, self._fitness, self.rewrite.generations, seed=self.rewrite.seed)
@@ -262,15 +284,15 @@ class _Plan:
 
     def _best_start(self, start: Choice, curves: Sequence[Sequence[Option]]) -> Choice:
         """The allocation, or what is uniform if that measures better."""
-        row = [self._uniform(c, options) for c, options in zip(self.layers, self.options, strict=True)]
-        uniform = tuple(options.index(rank) for options, rank in zip(self.options, row, strict=True))
+        uniform = self._uniform()
         fits = spent(curves, uniform) <= self.budget
         return min([start, uniform] if fits else [start], key=lambda choice: self._fitness(choice, 1))
 
-    def _uniform(self, c: Matrix, row: Sequence[int | None]) -> int | None:
-        wanted = self.rewrite.ratio * c.m * c.n
-        fitting = [rank for rank in row if rank is not None and cost(c.m, c.n, rank) <= wanted]
-        return max(fitting) if fitting else row[0]
+    def _uniform(self) -> Choice:
+        """In every layer the largest rank whose cost is within the ratio; the smallest, if that is dearer."""
+        wanted = self.rewrite.ratio
+        fitting = [[i for i, size in enumerate(s.costs[:-1]) if size <= wanted * s.costs[-1]] for s in self.sizes]
+        return tuple(max(row, default=0) for row in fitting)
 
     def _of(self, choice: Choice) -> list[int | None]:
         return [row[index] for row, index in zip(self.options, choice, strict=True)]
@@ -279,14 +301,14 @@ class _Plan:
         """The loss of one layer by option: predicted, or measured at the probes and between them in proportion to that."""
         assert self.divergence is not None and context.data is not None
         c, f, row = self.layers[index], self.factors[index], self.options[index]
-        if self.rewrite.allocation == "predicted":
+        if self.rewrite.allocation in ("predicted", "threshold"):
             return [0.0 if rank is None else 0.5 * float(f.tail[rank]) for rank in row]
         context.data.tell(f"measuring layer {index + 1} of {len(self.layers)}")
         ranks = [rank for rank in row if rank is not None]
         wanted = [ratio * c.m * c.n / (c.m + c.n) for ratio in PROBES]
         probes = sorted({min(ranks, key=lambda rank, w=w: abs(rank - w)) for w in wanted}) if ranks else []  # type: ignore[misc]
         scale = {rank: max(0.0, self.divergence(self.edits({index: rank}))) / max(float(f.tail[rank]), 1e-300) for rank in probes}
-        return [0.0 if rank is None else _between(rank, scale) * float(f.tail[rank]) for rank in row]
+        return [0.0 if rank is None else between(rank, scale) * float(f.tail[rank]) for rank in row]
 
     def _fitness(self, choice: Choice, stage: int) -> float:
         assert self.divergence is not None
@@ -312,19 +334,15 @@ class _Plan:
         return weights
 
 
-def _between(rank: int, scale: Mapping[int, float]) -> float:
-    """Linear between the probes, constant outside."""
-    below, above = [p for p in scale if p <= rank], [p for p in scale if p >= rank]
-    if not below or not above:
-        return scale[min(scale) if not below else max(scale)]
-    low, high = max(below), min(above)
-    return scale[low] if low == high else scale[low] + (scale[high] - scale[low]) * (rank - low) / (high - low)
-
-
 def _tell(
     rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context
 ) -> None:
-    """One line per layer, and one of the whole."""
+    """One line per layer, one per shape that was timed, and one of the whole."""
+    timed = {id(s.latency): (c, s.latency) for c, s in zip(plan.layers, plan.sizes, strict=True) if s.latency is not None}
+    for c, time in timed.values():
+        first = f"{microseconds(time.times[0])} in two factors of rank {time.ranks[0]}"
+        dense = f"[{c.m}, {c.n}] {plan.prices.where(c.layer)} takes {microseconds(time.dense)}"
+        context.noted(rewrite, c.layer.node, f"{dense}, {first}: break-even at rank {time.break_even}")
     for index, (c, rank) in enumerate(zip(plan.layers, ranks, strict=True)):
         if rank is None:
             continue
@@ -335,8 +353,10 @@ def _tell(
         if c.x in seen and seen[c.x].count < c.n:
             few = f"{seen[c.x].count} tokens tell little of {c.n} channels: a ridge was added; give at least {10 * c.n}"
             context.noted(rewrite, c.layer.node, few)
-    left = sum(cost(c.m, c.n, rank) for c, rank in zip(plan.layers, ranks, strict=True))
-    whole = f"{left:,} of {plan.total:,} parameters of {len(plan.layers)} layers are left ({left / plan.total:.3f})"
+    left = sum(s.costs[s.ranks.index(rank)] for s, rank in zip(plan.sizes, ranks, strict=True))
+    prices = plan.prices
+    amount = f"{prices.number(left)} of {prices.told(plan.total)}"
+    whole = f"{amount} of {len(plan.layers)} layers are left ({left / plan.total:.3f})"
     if plan.divergence is not None:
         whole += f"; {plan.divergence.reading.what}: {plan.divergence(plan.edits(dict(enumerate(ranks)))):.2e}"
     if not seen:

@@ -17,7 +17,7 @@ from tautomer import _front
 from tautomer.passes.norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
 from tautomer.rewrite import program as program_module
 from tautomer.rewrite.claims import BITWISE, Claim
-from tautomer.rewrite.errors import CaptureError, ClaimBroken, TautomerError, UsageError
+from tautomer.rewrite.errors import CaptureError, ClaimBroken, ExportError, TautomerError, UsageError
 
 D = 16
 
@@ -408,3 +408,24 @@ def test_export_after_training_writes_the_trained_weights(model: nn.Module, tmp_
     ort = pytest.importorskip("onnxruntime")
     (logits,) = ort.InferenceSession(tmp_path / "m.onnx").run(None, {"x": X.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), fast(X)["logits"].detach(), rtol=1e-4, atol=1e-4)
+
+
+class Unable:
+    """A target that cannot run anything."""
+
+    name, device, multiple = "unable", None, 8
+
+    def compile(self, program: object) -> Any:
+        raise ExportError("it has no such kernel")
+
+    def gain(self, pass_name: str, program: object) -> None:
+        return None
+
+
+def test_what_was_made_smaller_is_timed_on_every_target() -> None:
+    square, x = nn.Linear(64, 64).eval(), torch.randn(4, 64)
+    report = tautomer.optimize(square, (x,), recipe=tautomer.Compress(0.5), target="onnxruntime").report
+    assert report.timing is not None and report.timing.target == "onnxruntime" and "  onnxruntime: " in str(report)
+    report = tautomer.optimize(square, (x,), recipe=tautomer.Compress(0.5), target=Unable()).report
+    assert report.timing is None and report.fired("factor-linears") == 1
+    assert "not timed on unable: it has no such kernel" in str(report)

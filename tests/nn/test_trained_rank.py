@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from tautomer.nn import LowRankLinear, TrainedRankPruning
-from tautomer.nn.trained_rank import as_matrix, as_weight, factored, rank_of
+from tautomer.nn.trained_rank import Matricisation, as_matrix, as_weight, factored, rank_of
 from tautomer.rewrite.errors import UsageError
 
 CONVOLUTIONS = [
@@ -20,28 +22,28 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("matrix", ["channel", "spatial"])
+@pytest.mark.parametrize("matrix", get_args(Matricisation))
 @pytest.mark.parametrize("options", CONVOLUTIONS)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_at_full_rank_two_convolutions_are_the_one(options, matrix):
     conv, x = nn.Conv2d(4, 6, **options).double().eval(), torch.randn(2, 4, 9, 8, dtype=torch.float64)
-    rank = min(as_matrix(conv.weight, matrix).shape)
+    rank = min(as_matrix(conv.weight, matrix).shape[-2:])
     two = factored(conv, rank, matrix)
     assert torch.allclose(two(x), conv(x), atol=1e-12) and not two.training
     assert two[1].bias is conv.bias and two[0].bias is None
     N, C, H, W = conv.weight.shape
-    expected = rank * (C * H * W + N) if matrix == "channel" else rank * (C * H + N * W)
-    assert two[0].weight.numel() + two[1].weight.numel() == expected
+    each = {"channel": C * H * W + N, "spatial": C * H + N * W, "depthwise": (C + H * W) * N}[matrix]
+    assert two[0].weight.numel() + two[1].weight.numel() == rank * each
 
 
-@pytest.mark.parametrize("matrix", ["channel", "spatial"])
+@pytest.mark.parametrize("matrix", get_args(Matricisation))
 def test_of_a_lower_rank_the_error_is_the_tail(matrix):
     conv = nn.Conv2d(4, 6, 3, bias=False).double()
     S = torch.linalg.svdvals(as_matrix(conv.weight, matrix))
     two = factored(conv, 3, matrix)
     # What two convolutions compute of a unit impulse is their kernel.
     taps = two(torch.eye(36, dtype=torch.float64).view(36, 4, 3, 3)).view(36, 6).t().reshape(6, 4, 3, 3)
-    assert torch.allclose((conv.weight - taps).square().sum(), S[3:].square().sum(), rtol=1e-10)
+    assert torch.allclose((conv.weight - taps).square().sum(), S[..., 3:].square().sum(), rtol=1e-10)
     back = as_weight(as_matrix(conv.weight, matrix), conv.weight, matrix)
     assert torch.equal(back, conv.weight)
 
@@ -50,6 +52,8 @@ def test_rank_by_energy():
     S = torch.tensor([3.0, 2.0, 1.0, 0.0])
     assert [rank_of(S, energy) for energy in (0.1, 9 / 14, 0.65, 13 / 14, 0.99, 1.0)] == [1, 1, 2, 2, 3, 3]
     assert rank_of(torch.zeros(3), 0.9) == 1
+    several = torch.tensor([[3.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # 9 + 1, then 1, of 11 in all
+    assert [rank_of(several, energy) for energy in (0.9, 10 / 11, 0.92, 1.0)] == [1, 1, 2, 2]
 
 
 def test_a_projection_every_few_steps_keeps_the_energy():
@@ -82,6 +86,24 @@ def test_the_subgradient_is_that_of_the_nuclear_norm():
     U, S, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     r = rank_of(S, 0.5)
     assert r < 5 and torch.allclose(layer.weight.grad, 0.3 * U[:, :r] @ Vh[:r], atol=1e-10)
+
+
+@torch.no_grad()
+def test_under_depthwise_every_output_sums_paths_of_one_channel():
+    conv, x = nn.Conv2d(4, 3, 3, padding=1).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    first, second = factored(conv, 2, "depthwise")
+    paths = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False).double()
+    paths.weight.copy_(second.weight.reshape(6, 1, 3, 3))
+    expected = paths(first(x)).unflatten(1, (3, 2)).sum(2) + conv.bias[:, None, None]
+    assert torch.allclose(second(first(x)), expected, atol=1e-12)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).double()
+    pruning = TrainedRankPruning(model, 0.5, every=1, matrix="depthwise")
+    pruning.step()
+    ranks = torch.linalg.matrix_rank(as_matrix(model[0].weight, "depthwise"))
+    image, whole = torch.randn(1, 8, 5, 5, dtype=torch.float64), model[0]
+    expected = whole(image)
+    assert ranks.max() < 4 and pruning.decompose() == ("0",)
+    assert torch.allclose(model(image), expected, atol=1e-10)
 
 
 @torch.no_grad()

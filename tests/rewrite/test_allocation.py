@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from tautomer.rewrite.allocation import Option, allocate, evolve, spent, waterfill
+from tautomer.rewrite.allocation import Option, allocate, between, evolve, spent, threshold, waterfill
 from tautomer.rewrite.errors import UsageError
 
 
@@ -67,6 +67,45 @@ def test_waterfilling_keeps_what_gains_most() -> None:
         kept = sum(sum(row[:rank]) for row, rank in zip(gains, ranks, strict=True))
         everything = (r for r in product(range(5), repeat=3) if sum(r) <= budget)
         assert kept == pytest.approx(max(sum(sum(row[:k]) for row, k in zip(gains, r, strict=True)) for r in everything))
+
+
+def convex(seed: int) -> list[list[Option]]:
+    """Options in equal steps with losses that fall ever more slowly, dense last."""
+    draw = random.Random(seed)
+    made = []
+    for size in (4, 6, 9):
+        gains = sorted((draw.random() * size for _ in range(5)), reverse=True)
+        made.append([Option(size * (i + 1), sum(gains[i:])) for i in range(5)] + [Option(8 * size, 0.0)])
+    return made
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_threshold_is_nearly_the_best_without_dense(seed: int) -> None:
+    """It fills the budget by gain per cost, so it is at most one step short of the best."""
+    given = convex(seed)
+    without = [curve[:-1] for curve in given]
+    for budget in range(19, 100, 7):
+        choice = threshold(given, budget)
+        assert spent(given, choice) <= budget
+        assert loss(choice, given) <= best(without, budget - 9) + 1e-12
+        if all(index < 5 for index in choice):
+            assert loss(choice, given) >= best(without, budget) - 1e-12
+
+
+def test_a_layer_above_the_threshold_becomes_dense_if_that_fits() -> None:
+    given = convex(0)
+    full = sum(curve[-1].cost for curve in given)
+    assert threshold(given, full) == (5, 5, 5)
+    smallest_is_dense = sum(curve[-2].cost for curve in given) + 3 * 4
+    assert threshold(given, smallest_is_dense) == (5, 4, 4) and threshold(given, smallest_is_dense - 1) == (4, 4, 4)
+    assert threshold([[Option(64, 0.0)], *given], 64 + 19) == (0, 0, 0, 0)
+    with pytest.raises(UsageError, match="the smallest factors have 19"):
+        threshold(given, 18)
+
+
+def test_between_points() -> None:
+    points = {2: 1.0, 4: 3.0, 8: 3.5}
+    assert [between(x, points) for x in (0, 2, 3, 4, 6, 8, 9)] == [1.0, 1.0, 2.0, 3.0, 3.25, 3.5, 3.5]
 
 
 def test_the_search_finds_what_does_not_add_up() -> None:

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import tautomer
+from tautomer.backends.targets import resolve
+from tautomer.passes.lowrank import prices
 from tautomer.passes.lowrank.factor_linears import FactorLinears
 from tautomer.passes.recipes import EXACT
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.latency import Latency
 
 aten = torch.ops.aten
 D = 32
@@ -52,10 +55,10 @@ def difference(model: nn.Module, other: nn.Module, data: list[Tensor]) -> float:
         return float(sum((model(x) - other(x)).square().sum() / model(x).square().sum() for x in data))
 
 
-WAYS = [{"generations": 2}, {"allocation": "measured", "error": "layer"}, {"allocation": "uniform"}]
+WAYS = [{"generations": 2}, {"allocation": "measured", "error": "layer"}, {"allocation": "threshold"}, {"allocation": "uniform"}]
 
 
-@pytest.mark.parametrize("options", WAYS, ids=["predicted", "measured", "uniform"])
+@pytest.mark.parametrize("options", WAYS, ids=["predicted", "measured", "threshold", "uniform"])
 def test_it_fires_and_keeps_the_budget(options: dict[str, Any]) -> None:
     model, data = Net().eval(), inputs()
     fast = optimize(model, data, FactorLinears(0.5, **options))
@@ -122,6 +125,63 @@ def test_from_ratio_1_on_nothing_happens() -> None:
         assert {p.data_ptr() for p in fast.parameters()} == {p.data_ptr() for p in model.parameters()}
 
 
+class Headed(nn.Module):
+    """A layer that reads all positions, and one of the same shape that reads the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.body(x))[:, -1])
+
+
+def test_a_budget_of_flops_is_taken_where_they_are() -> None:
+    """Of 20 positions the head reads one: nothing of it needs to go."""
+    model, data = Headed().eval(), inputs()
+    fast = optimize(model, data, FactorLinears(0.7, of="flops"), data[0])
+    assert "head.weight" in dict(fast.named_parameters()) and fast.program.count(aten.linear.default) == 3
+    rank = fast.get_parameter("body.left").shape[1]
+    left, total = 2 * 4 * (20 * rank * 5 * D + 4 * D * D), 2 * 4 * 21 * 4 * D * D
+    assert left <= 0.7 * total and f"{left:,} of {total:,} FLOPs of 2 layers are left" in _text(fast)
+
+
+def _text(fast: Any) -> str:
+    return " ".join(str(fast.report).split())
+
+
+def test_of_a_budget_of_time_only_what_is_faster_is_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(layer: Any, ranks: Any, sizes: Any, target: Any) -> Latency:
+        slow = layer.outputs == D  # the down projection: 40 µs dense, and no rank is faster
+        return Latency(40.0 if slow else 100.0, tuple(ranks), tuple((50.0 if slow else 10.0) + 5 * rank for rank in ranks))
+
+    monkeypatch.setattr(prices, "latency", timed)
+    fast = optimize(Net().eval(), inputs(), FactorLinears(0.6, of="latency", multiple=1), target="onnxruntime")
+    refused = [r.reason for r in fast.report.refusals]
+    assert refused == ["stays dense: at 10 positions on onnxruntime it takes 40 µs, and two products of rank 1 55 µs"]
+    assert fast.report.fired(NAME) == 2
+    text = _text(fast)
+    assert "[64, 32] at 10 positions on onnxruntime takes 100 µs, 15 µs in two factors of rank 1: break-even at rank 16" in text
+    ranks = [fast.get_parameter(f"{name}.left").shape[1] for name in ("gate", "up")]
+    assert sum(10 + 5 * rank for rank in ranks) <= 120 and f"{20 + 5 * sum(ranks)} of 200 µs of 2 layers are left" in text
+    assert fast.report.timing.target == "onnxruntime"
+    with pytest.raises(UsageError, match=r"the budget is 10 µs, and the smallest factors have 30 µs"):
+        optimize(Net().eval(), inputs(), FactorLinears(0.05, of="latency", multiple=1))
+
+
+def test_time_is_measured_in_multiples_that_suit_the_target() -> None:
+    wide = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval()
+    x = torch.randn(512, 256)
+    fast = tautomer.optimize(wide, (x,), recipe=tautomer.Compress(0.9, of="latency"), data=[x])
+    for path in ("0", "2"):
+        applied = [a for a in fast.report.applications if f"@{path}/" in a.id]
+        refused = [r.reason for r in fast.report.refusals if f"@{path}/" in r.id]
+        assert len(applied) + len(refused) == 1
+        assert all("stays dense" in reason for reason in refused)
+        if applied:
+            assert fast.get_parameter(f"{path}.left").shape[1] % resolve("eager").multiple == 0
+
+
 def test_weights_that_something_else_reads_are_refused() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -159,8 +219,9 @@ def test_with_live_edits_it_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ratio": 0}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"}]
-)
+    "options", [{"ratio": 0}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"}, {"of": "bytes"},
+     {"of": "latency", "allocation": "threshold"}],
+)  # fmt: skip
 def test_wrong_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         FactorLinears(**options)
@@ -230,7 +291,10 @@ def test_only_and_skip_and_fuel() -> None:
 
 def test_the_recipe_trains_saves_loads_and_shrinks_the_file(tmp_path: Any) -> None:
     torch.manual_seed(0)
-    model, data = nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, 96)).eval(), [torch.randn(50, 96) for _ in range(4)]
+    model, data = (
+        nn.Sequential(nn.Linear(192, 256), nn.GELU(), nn.Linear(256, 192)).eval(),
+        [torch.randn(50, 192) for _ in range(4)],
+    )
     fast = tautomer.optimize(model, (data[0],), recipe=tautomer.Compress(ratio=0.4, generations=2), data=data)
     assert fast.report.fired(NAME) == 2
     tautomer.export_onnx(model, tmp_path / "dense.onnx", (data[0],))
@@ -238,7 +302,10 @@ def test_the_recipe_trains_saves_loads_and_shrinks_the_file(tmp_path: Any) -> No
     files = [onnx.load(tmp_path / name) for name in ("dense.onnx", "thin.onnx")]
     stored = [sum(torch.Size(t.dims).numel() for t in file.graph.initializer if t.data_type == 1) for file in files]
     counted = [sum(p.numel() for p in module.parameters()) for module in (model, fast)]
-    assert stored[0] - stored[1] == counted[0] - counted[1] >= 0.59 * 2 * 96 * 128
+    assert stored[0] - stored[1] == counted[0] - counted[1] >= 0.59 * 2 * 192 * 256
+    sizes = [(tmp_path / name).stat().st_size for name in ("dense.onnx", "thin.onnx")]
+    predicted = 4 * (counted[0] - counted[1])  # bytes of float32
+    assert sizes[0] - sizes[1] == pytest.approx(predicted, rel=0.01), "the rest is two nodes and their names"
 
     tautomer.save(fast, tmp_path / "saved")
     assert torch.equal(tautomer.load(tmp_path / "saved")(data[0]), fast(data[0]))

@@ -1,4 +1,4 @@
-"""Two programs timed against each other, alternately, so that a machine that slows down slows both: A B A B …"""
+"""Programs timed against each other in turns, so that a machine that slows down slows all of them: A B C A B C …"""
 
 from __future__ import annotations
 
@@ -34,19 +34,28 @@ def measure(
     """
     if rounds is None:
         rounds = rounds_within(1000.0, a, b, inputs, least=5, most=50)
+    first, second = in_turns([a, b], inputs, rounds, statistic)
+    return first, second
+
+
+def in_turns(
+    runs: Sequence[Run], inputs: Sequence[Any], rounds: int, statistic: Statistic = statistics.median, milliseconds: float = 0.0
+) -> list[float]:
+    """The same for any number of runs, each called at least ``rounds`` times, and on until so much time is over."""
     wait = torch.cuda.synchronize if any(isinstance(x, Tensor) and x.is_cuda for x in inputs) else _nothing
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in runs]
     with torch.no_grad(), _quiet_collector():
-        for run in (a, b):
+        for run in runs:
             run(inputs)
-        for _ in range(rounds):
-            for run, found in zip((a, b), times, strict=True):
+        end = time.perf_counter() + milliseconds / 1e3
+        while len(times[0]) < rounds or time.perf_counter() < end:
+            for run, found in zip(runs, times, strict=True):
                 wait()
                 start = time.perf_counter()
                 run(inputs)
                 wait()
                 found.append((time.perf_counter() - start) * 1e6)
-    return statistic(times[0]), statistic(times[1])
+    return [statistic(found) for found in times]
 
 
 def rounds_within(milliseconds: float, a: Run, b: Run, inputs: Sequence[Any], *, least: int = 3, most: int = 200) -> int:

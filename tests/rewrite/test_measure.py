@@ -1,4 +1,4 @@
-"""Two programs are timed alternately."""
+"""Programs are timed in turns."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import time
 
 import pytest
 
-from tautomer.backends.measure import measure, rounds_within
+from tautomer.rewrite.measure import in_turns, measure, rounds_within
 
 
 def test_calls_alternate():
     calls: list[str] = []
     measure(lambda _: calls.append("a"), lambda _: calls.append("b"), [], rounds=3)
     assert calls == list("abababab")
+
+
+def test_any_number_take_turns_for_a_time():
+    calls: list[str] = []
+    runs = [lambda _, name=name: (calls.append(name), time.sleep(0.002)) for name in "abc"]
+    assert len(in_turns(runs, [], 2)) == 3 and calls == list("abc" * 3)
+    calls.clear()
+    assert min(in_turns(runs, [], 1, milliseconds=20.0)) >= 2000
+    assert calls == list("abc" * (len(calls) // 3)) and 3 <= len(calls) // 3 <= 5
 
 
 def test_the_slower_one_is_found_in_microseconds():
