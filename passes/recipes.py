@@ -348,12 +348,19 @@ class Compress(Recipe):
     allocation: Allocation = "predicted"
     multiple: int = 8
     generations: int = 0
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         self._factor()
 
     def _factor(self) -> FactorLinears:
-        return FactorLinears(self.ratio, allocation=self.allocation, multiple=self.multiple, generations=self.generations)
+        return FactorLinears(
+            self.ratio,
+            allocation=self.allocation,
+            multiple=self.multiple,
+            generations=self.generations,
+            sequential=self.sequential,
+        )
 
     def passes(self) -> tuple[Pass, ...]:
         return (FoldWeights(), MergeConsecutiveLinears(), self._factor(), DropDeadCode(), DropUnusedWeights(), NameWeights())

@@ -17,9 +17,11 @@ What everything speaks of:
     blocks.py       The blocks of a program: runs of calls that are equal up to names, and what stands between them
     interpret.py    Run a program's graph node by node; promoted to float64 it is the oracle
     expected.py     What a captured graph expects of its inputs
+    checkpoint.py   Sums over the calls of a calibration, kept in a folder
     calibration.py  Run a program on the user's data; a pass sees the values of chosen nodes
     factors.py      Truncated factors of a matrix under a covariance of what it is applied to
     moments.py      First and second moments of values of a program over the user's data
+    refit.py        The factors of a layer whose input is no longer what it was
     divergence.py   How far a program moves when its weights do, on the user's data and without labels
     allocation.py   Which of a few sizes each layer takes, so that all fit a budget
 

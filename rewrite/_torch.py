@@ -41,6 +41,7 @@ __all__ = [
     "load_package",
     "no_new_guards",
     "oblivious_sizes",
+    "plain_results",
     "pytree",
     "quiet_fakes",
     "quiet_triton",
@@ -56,6 +57,8 @@ __all__ = [
 
 set_grad_enabled_region: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 autocast_region: Any = torch.ops.higher_order.wrap_with_autocast
+plain_results: Any = torch._C._disabled_torch_function_impl
+"""As ``__torch_function__`` of a kind of tensor: what is computed from one is a plain tensor, as of a parameter."""
 
 # The functions that a condition of ``guards_of`` may call: floor division, modulus, maximum, ...
 size_functions: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf}

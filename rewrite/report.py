@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .claims import ARCHITECTURE
 from .evidence import Evidence
-from .pass_base import Application, Log, Note, Refusal
+from .pass_base import Application, Estimate, Log, Note, Refusal
 from .program import Program, target_name
 from .target import Gain
 
@@ -58,7 +58,7 @@ class Report:
     Attributes:
         model: the user's class.
         target: where it should pay.
-        log: every application, refusal and note.
+        log: every application, refusal, note and estimate.
         captured: what the capture had to do, one sentence each.
         before, after: sizes of the captured and of the rewritten program.
         gains: what the target said about each rewrite that is for speed.
@@ -90,6 +90,10 @@ class Report:
     def notes(self) -> tuple[Note, ...]:
         return tuple(self.log.notes)
 
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        return tuple(self.log.estimates)
+
     def fired(self, rewrite: str) -> int:
         """How many times a rewrite fired."""
         return sum(application.rewrite == rewrite for application in self.log.applications)
@@ -106,6 +110,7 @@ class Report:
         yield self._fired()
         if self.notes:
             yield Group(*(Text(f"  {_where(note)}: {note.text}") for note in self.notes))
+        yield from map(self._estimated, dict.fromkeys(estimate.what for estimate in self.estimates))
         if self.refusals or self.log.misses:
             yield self._refused()
         yield Group(*map(Text, self._measured()))
@@ -124,6 +129,13 @@ class Report:
         for name, count in counts.items():
             first = next(a for a in self.log.applications if a.rewrite == name)
             table.add_row(name, str(count), _where(first))
+        return table
+
+    def _estimated(self, what: str) -> Table:
+        table = Table(what, "predicted", "measured", box=None, pad_edge=True)
+        for estimate in self.estimates:
+            if estimate.what == what:
+                table.add_row(Text(_where(estimate)), f"{estimate.predicted:.3f}", f"{estimate.measured:.3f}")
         return table
 
     def _refused(self) -> Table:
@@ -165,5 +177,5 @@ def _answered_for(evidence: Evidence) -> list[str]:
     return lines
 
 
-def _where(entry: Application | Refusal | Note) -> str:
+def _where(entry: Application | Refusal | Note | Estimate) -> str:
     return entry.id.split("@", 1)[-1]

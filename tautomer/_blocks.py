@@ -24,6 +24,7 @@ from tautomer.backends.exchange import exchange
 from tautomer.backends.module_calls import is_leaf, watch
 from tautomer.passes.cleanup.fold_constants import FoldConstants
 from tautomer.passes.cleanup.fold_weights import FoldWeights
+from tautomer.passes.lowrank.factor_linears import FactorLinears
 from tautomer.passes.recipes import NORM
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.errors import CaptureError, Refused, UsageError, require
@@ -38,7 +39,7 @@ from tautomer.rewrite.target import Target
 from ._front import capture
 from ._settle import LAST, Job, path_of, was_given_up
 
-_ONCE: tuple[type[Pass], ...] = (*NORM, FoldConstants, FoldWeights, *LAST)
+_ONCE: tuple[type[Pass], ...] = (*NORM, FoldConstants, FoldWeights, FactorLinears, *LAST)
 Place = tuple[str, str]
 """A rewrite and the module path that it wants to rewrite at."""
 Admitted = tuple[tuple[str, ...], tuple[str, ...]]

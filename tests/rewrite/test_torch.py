@@ -197,3 +197,11 @@ def test_replay_is_under_the_autocast_of_the_graph_and_leaves_it():
 def test_cpp_compiler():
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert _torch.cpp_compiler() is None
+
+
+def test_plain_results():
+    class Shown(torch.Tensor):
+        __torch_function__ = _torch.plain_results
+
+    shown = torch.ones(2, requires_grad=True).mul(3).as_subclass(Shown)
+    assert type(shown) is Shown and type(shown * 2) is torch.Tensor and (shown * 2).requires_grad
