@@ -57,6 +57,8 @@ class Correspondence:
         self.texts: dict[str, str] = {}
         self.kept: set[Hashable] = set()
         self.live: set[Hashable] = set()
+        self.added: dict[nn.Module, dict[str, str]] = {}
+        self.dropped: dict[nn.Module, tuple[str, ...]] = {}
 
     def run(self) -> None:
         for node in self.captured.graph.nodes:
@@ -94,7 +96,8 @@ class Correspondence:
 
     def attribute(self, module: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
         """A weight in new code: an attribute, or computed from attributes, and then none is edited. It is computed if it must
-        be, or if no other module reads it and its value in the attribute's place would mean something else to the old code."""
+        be, or if no other module reads it and its value in the attribute's place would mean something else to the old code. What
+        was measured is computed once; what is measured and stands for no weight of the model is a new attribute."""
 
         def own(name: str) -> fx.Node:
             return graph.get_attr(own_name(name, module, self.captured.weights.leaves))
@@ -103,6 +106,8 @@ class Correspondence:
         weight = table.entries.get(name)
         if weight is None or not weight.edited:
             return own(name)
+        if table.measures(name):
+            return own(name) if name in self.captured.weights else graph.get_attr(self.add(module, name))
         readers = (call_of(reader) for reader, _ in self.readers(self.new, name))
         elsewhere = any(self.modules.get(call) is not module for call in readers)
         if not table.live and (elsewhere or self.settled(weight)):
@@ -115,6 +120,27 @@ class Correspondence:
             return own(name)
         self.live.update(map(self.storage, (name, *leaves(weight.expression))))
         return made
+
+    def add(self, module: nn.Module, name: str) -> str:
+        """The attribute that a new weight gets, which no other module reads.
+
+        Raises:
+            Refused: it has no place there.
+        """
+        path, _, attribute = name.rpartition(".")
+        kind = type(module).__name__
+        held = self.added.setdefault(module, {})
+        calls = [call for call, other in self.modules.items() if other is module]
+        stands = any(path_of(self.old.nodes[call][0]) == path for call in calls)
+        alone = all(call_of(reader) in calls for reader, _ in self.readers(self.new, name))
+        require(stands and alone, f"it needs a new weight '{name}', which is not {kind}'s alone")
+        require(
+            self.rewritten.weights[name].kind == "parameter", f"it needs a new buffer '{name}', and the keys of the model stay"
+        )
+        free = held.get(attribute, name) == name and not hasattr(module, attribute)
+        require(free, f"it needs a new weight '{name}', and {kind} has something else of this name")
+        held[attribute] = name
+        return attribute
 
     def settled(self, weight: Weight) -> bool:
         """Whether the edit takes the place of a leaf and leaves its own result as it is, as centring does."""
@@ -198,12 +224,14 @@ class Correspondence:
         if self.rewritten.weights.live:
             return table, (), faults
         made: dict[Hashable, Apply] = {}
-        consumed = set[str]()
+        consumed, gone = set[str](), set[str]()
+        fresh = {name for names in self.added.values() for name in names.values()}
         for name, weight in self.rewritten.weights.entries.items():
             if not weight.edited or self.storage(name) in self.live:
                 continue
             try:
-                made[self.storage(name)] = self.edited(name)
+                if name not in fresh:
+                    made[self.storage(name)] = self.edited(name)
             except Refused as refusal:
                 faults.append(Fault(str(refusal), (name.rpartition(".")[0],)))
             consumed.update(leaves(weight.expression))
@@ -211,6 +239,9 @@ class Correspondence:
         for name in consumed & set(table.entries):
             storage = self.storage(name)
             if storage in self.read | self.live or storage in made:
+                continue
+            if self.drop(name):
+                gone.add(name)
                 continue
             try:
                 made[storage] = self.neutral(name)
@@ -222,8 +253,21 @@ class Correspondence:
             if (expression := made.get(self.storage(name))) is not None:
                 trains = weight.requires_grad and name not in unread
                 table.entries[name] = replace(weight, expression=expression, requires_grad=trains)
+        table.adopt(self.rewritten.weights)
+        table.entries |= {name: self.rewritten.weights[name] for name in fresh}
+        table.entries = {name: weight for name, weight in table.entries.items() if name not in gone}
         parameters = tuple(sorted(name for name in unread if table[name].kind == "parameter"))
         return table, parameters, faults
+
+    def drop(self, name: str) -> bool:
+        """Whether a consumed weight goes: the module that holds it, and nothing else does, holds new ones in its place."""
+        leaf = self.captured.weights.leaves[name]
+        for module in self.added:
+            held = [attribute for attribute, tensor in module._parameters.items() if tensor is leaf]
+            if held and len(self.captured.weights.aliases(name)) == 1:
+                self.dropped[module] = (*self.dropped.get(module, ()), *held)
+                return True
+        return False
 
     def edited(self, name: str) -> Apply:
         """The expression of an edited weight, which all names of its storage get."""

@@ -22,6 +22,7 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode
 
 from .block_text import compiled
+from .factored import product
 from .graph_data import decode_graph, encode_graph
 from .late_adapters import edits_weights, refuse_adapters
 from .rewritten import function_of
@@ -67,10 +68,21 @@ def exchanged(base: Any, code: str | None, mode: Mode) -> type[nn.Module]:
         return _revive, (base, code, mode), self.__getstate__()  # type: ignore[no-untyped-call]
 
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "tautomer_form": (base, code, mode)}
+    if isinstance(data, list) and _is_linear(base) and not _reads(data, "weight"):
+        members["weight"] = product
     kind = type(PREFIX + base.__name__, (base,), members)
     if isinstance(data, list) and edits_weights(decode_graph(data)):
         refuse_adapters(kind)
     return kind
+
+
+def _reads(data: list[Any], name: str) -> bool:
+    return any(node["op"] == "get_attr" and node["target"] == name for node in data)
+
+
+def _is_linear(base: type[nn.Module]) -> bool:
+    of_transformers = f"{base.__module__}.{base.__name__}" == "transformers.pytorch_utils.Conv1D"
+    return of_transformers or issubclass(base, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def _compiled(data: Any, base: type[nn.Module]) -> Any:

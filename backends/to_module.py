@@ -4,7 +4,8 @@
 
 is proven node by node (correspondence.py). A weight that the rewrite has consumed (a shift that is part of a bias now) stays
 under its key with the value at which it does nothing, 0 in a sum and 1 in a product: the new state dict is right for the
-original classes too.
+original classes too. Where a rewrite measured new weights in the place of one (factors for a matrix), the leaf that reads them
+holds them, and that one no more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tautomer.rewrite.weights import Weights
 
 from .correspondence import Correspondence, Fault
 from .exchange import AGAIN, exchange
-from .guard import edits_of, guard, marks_of, restore
+from .factored import exchange_weights
+from .guard import edits_of, guard
 from .run_again import run_again
 
 
@@ -34,12 +36,16 @@ class Edit:
         code: the new code of modules, as text; None for a module that keeps its own and only watches the mode.
         weights: the table of the model afterwards: every key, with what it is over the original's.
         unread: the parameters that nothing reads any more.
+        added: the new weights by the module that will hold them, attribute to name.
+        dropped: what such a module holds no more.
         faults: what stands against it; if there is any, nothing may be done.
     """
 
     code: Mapping[nn.Module, str | None]
     weights: Weights
     unread: tuple[str, ...]
+    added: Mapping[nn.Module, Mapping[str, str]]
+    dropped: Mapping[nn.Module, tuple[str, ...]]
     faults: tuple[Fault, ...]
 
 
@@ -55,7 +61,7 @@ def plan(captured: Program, rewritten: Program, model: nn.Module, modules: Mappi
     weights, unread, lost = found.weights()
     if captured.mode != "both" and not code:
         code = dict.fromkeys(_owners(model, weights))
-    return Edit(code, weights, unread, (*found.needed(), *split, *spread, *lost))
+    return Edit(code, weights, unread, found.added, found.dropped, (*found.needed(), *split, *spread, *lost))
 
 
 def _owners(model: nn.Module, weights: Weights) -> list[nn.Module]:
@@ -72,9 +78,11 @@ def written(model: nn.Module, edit: Edit, mode: Mode) -> Iterator[Mapping[str, T
     """
     assert not edit.faults
     tensors = edit.weights.leaves
-    edited = [name for name, weight in edit.weights.entries.items() if weight.edited]
+    fresh = {name for names in edit.added.values() for name in names.values()}
+    edited = [name for name, weight in edit.weights.entries.items() if weight.edited and name not in fresh]
     distinct = {id(tensors[name]): name for name in reversed(edited)}
     values = {name: edit.weights.value(name) for name in distinct.values()}
+    made = {name: nn.Parameter(edit.weights.value(name), edit.weights[name].requires_grad) for name in fresh}
     before = {key: tensors[name].detach().clone() for key, name in distinct.items()}
     with contextlib.ExitStack() as undo:
         for key, name in distinct.items():
@@ -85,6 +93,9 @@ def written(model: nn.Module, edit: Edit, mode: Mode) -> Iterator[Mapping[str, T
             tensors[name].requires_grad_(False)
         for module, code in edit.code.items():
             exchange(module, code, mode, undo)
+        for module, names in edit.added.items():
+            own = {attribute: made[name] for attribute, name in names.items()}
+            undo.callback(exchange_weights(module, own, edit.dropped.get(module, ())))
         earlier = edits_of(model)
         guard(model, {name: f"{earlier[name]}; {e}" if name in earlier else e for name, e in edit.weights.edits().items()}, undo)
         yield {name: before[id(tensors[name])] for name in edited}

@@ -5,10 +5,10 @@
 
 Peers in the same run, all of them through ``FactorLinears``: the plain SVD; a scale per channel, rms(x)^0.5 (the form of ASVD,
 arXiv:2312.05821: a diagonal covariance); the whole covariance at one ratio in every layer (SVD-LLM with its bias corrected,
-arXiv:2403.07378), and with the budget where measured losses send it; ours, with errors counted by what the outputs lose. Ranks
-are multiples of 8 only where it says so. ``--generations`` adds a search, ``--recover`` trains each for some steps, AdamW at
-up to 3e-4, on other windows of the text that the model was trained on. Parameters are those of the whole model, seconds those of
-the rewrite.
+arXiv:2403.07378), and with the budget where measured losses send it; ours, with errors counted by what the outputs lose, and with
+the layers fitted in order, each behind the factored ones before it. Ranks are multiples of 8 only where it says so.
+``--generations`` adds a search, ``--recover`` trains each for some steps, AdamW at up to 3e-4, on other windows of the text that
+the model was trained on. Parameters are those of the whole model, seconds those of the rewrite.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from transformers import GPT2LMHeadModel
 import tautomer
 from tautomer.passes.lowrank.factor_linears import FactorLinears
 from tautomer.rewrite.factors import Factors, factor
-from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.program import Program
 
 
 class ScaledLinears(FactorLinears):
     """The covariance without what is off its diagonal, and the square root of that."""
 
-    def _factors(self, found: Any, program: Program, seen: Any, context: Context) -> list[Factors]:
+    def _factors(self, found: Any, program: Program, seen: Any, weighed: Any) -> list[Factors]:
         scales = [torch.diag((seen[c.x].second.diagonal() / seen[c.x].count).sqrt()) for c in found]
         return [factor(c.value(program), scale) for c, scale in zip(found, scales, strict=True)]
 
@@ -106,6 +105,7 @@ def main() -> None:
             "ours, threshold": (FactorLinears(ratio, allocation="threshold", multiple=1), data),
             "ours": (FactorLinears(ratio, multiple=1), data),
             "ours, ranks of 8": (FactorLinears(ratio), data),
+            "ours, in order": (FactorLinears(ratio, multiple=1, sequential=True), data),
         }
         if options.generations:
             ways["ours, searched"] = (FactorLinears(ratio, multiple=1, generations=options.generations), data)

@@ -379,13 +379,19 @@ class Compress(Recipe):
     multiple: int | None = None
     generations: int = 0
     of: Of = "parameters"
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         self._factor()
 
     def _factor(self) -> FactorLinears:
         return FactorLinears(
-            self.ratio, of=self.of, allocation=self.allocation, multiple=self.multiple, generations=self.generations
+            self.ratio,
+            of=self.of,
+            allocation=self.allocation,
+            multiple=self.multiple,
+            generations=self.generations,
+            sequential=self.sequential,
         )
 
     def passes(self) -> tuple[Pass, ...]:

@@ -20,9 +20,11 @@ What everything speaks of:
     flops.py        What a kernel costs: 2 m n k for a product of matrices, by torch's own formulas; else one per entry
     checkpoints.py  Parts of a program that the backward runs again: what they read is kept, and nothing of what they compute
     expected.py     What a captured graph expects of its inputs
+    checkpoint.py   Sums over the calls of a calibration, kept in a folder
     calibration.py  Run a program on the user's data; a pass sees the values of chosen nodes
     factors.py      Truncated factors of a matrix under a covariance of what it is applied to
     moments.py      First and second moments of values of a program over the user's data
+    refit.py        The factors of a layer whose input is no longer what it was
     divergence.py   How far a program moves when its weights do, on the user's data and without labels
     allocation.py   Which of a few sizes each layer takes, so that all fit a budget
 

@@ -47,6 +47,7 @@ __all__ = [
     "no_new_guards",
     "oblivious_sizes",
     "plain_checkpoints",
+    "plain_results",
     "pytree",
     "quiet_fakes",
     "quiet_triton",
@@ -62,6 +63,8 @@ __all__ = [
 
 set_grad_enabled_region: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 autocast_region: Any = torch.ops.higher_order.wrap_with_autocast
+plain_results: Any = torch._C._disabled_torch_function_impl
+"""As ``__torch_function__`` of a kind of tensor: what is computed from one is a plain tensor, as of a parameter."""
 
 # The functions that a condition of ``guards_of`` may call: floor division, modulus, maximum, ...
 size_functions: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf}
@@ -313,7 +316,7 @@ def checkpoint_of(node: fx.Node) -> str | None:
 
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Inside, a checkpoint that is not reentrant is a plain call, which ``in_checkpoint`` marks, and an export keeps the marks."""
+    """Inside, a checkpoint that is not reentrant is a plain call that ``in_checkpoint`` marks, and an export keeps the marks."""
 
     def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
         with in_checkpoint():

@@ -5,7 +5,7 @@ KL(dense || edited) per token of the logits, or the mean relative error of the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from .calibration import Data
 from .interpret import interpret
+from .moments import token_rows
 from .program import Program
 
 
@@ -43,8 +44,11 @@ class Reading:
 
     def rows(self, logits: Tensor, inputs: Sequence[Any]) -> Tensor:
         """[N, classes]: those whose token counts."""
-        mask = None if self.mask is None else inputs[self.mask]
-        return logits.flatten(0, -2) if mask is None or mask.shape != logits.shape[:-1] else logits[mask != 0]
+        return token_rows(logits, -1, self.counting(inputs))
+
+    def counting(self, inputs: Sequence[Any]) -> Tensor | None:
+        """Which tokens of a call count; None for all."""
+        return None if self.mask is None else inputs[self.mask] != 0
 
 
 def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_mask") -> float:
@@ -77,10 +81,36 @@ class Divergence:
         return sum(losses) / len(losses)
 
     @torch.no_grad()
+    def at(self, nodes: Mapping[fx.Node, int], weights: Mapping[str, Tensor]) -> dict[fx.Node, float]:
+        """How far values move: |y' - y| / |y| in the root mean square over the tokens of all calls.
+
+        Args:
+            nodes: and which of their axes holds the channels. One call's values are kept at a time.
+        """
+        lost, power = dict.fromkeys(nodes, 0.0), dict.fromkeys(nodes, 0.0)
+        for call in self.calls:
+            mask, before = self.reading.counting(call), dict[fx.Node, Tensor]()
+
+            def keep(node: fx.Node, value: Any, before: dict[fx.Node, Tensor] = before, mask: Tensor | None = mask) -> None:
+                if node in nodes:
+                    before[node] = token_rows(value, nodes[node], mask).double()
+
+            def compare(node: fx.Node, value: Any, before: dict[fx.Node, Tensor] = before, mask: Tensor | None = mask) -> None:
+                if node in nodes:
+                    y = before.pop(node)
+                    power[node] += float(y.square().sum())
+                    lost[node] += float((token_rows(value, nodes[node], mask).double() - y).square().sum())
+
+            interpret(self.program, call, observe=keep, noise=False)
+            interpret(self.program, call, weight=self._edited(weights), observe=compare, noise=False)
+        return {node: (lost[node] / power[node]) ** 0.5 if power[node] > 0 else 0.0 for node in nodes}
+
+    @torch.no_grad()
     def _outputs(self, call: Sequence[Any], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        table = self.program.weights
-        weight = lambda name: weights[name] if name in weights else table.value(name)  # noqa: E731
-        return self.reading.outputs(interpret(self.program, call, weight=weight, noise=False))
+        return self.reading.outputs(interpret(self.program, call, weight=self._edited(weights), noise=False))
+
+    def _edited(self, weights: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        return lambda name: weights[name] if name in weights else self.program.weights.value(name)
 
 
 def logits_of(program: Program) -> int | None:
@@ -105,7 +135,19 @@ def sensitivities(
         tokens: the input that is zero where a row of the logits does not count.
     """
     generator, reading = torch.Generator().manual_seed(seed), Reading(program, tokens)
-    found, rows = dict[fx.Node, Tensor](), dict[fx.Node, int]()
+    about = {"sites": {node.name: axis for node, axis in nodes.items()}, "tokens": tokens, "seed": seed}
+    kept = data.checkpoint("sensitivities", program, about)
+    found = {node: kept.saved[f"{node.name} second"] for node in nodes if f"{node.name} second" in kept.saved}
+    rows = {node: int(kept.saved[f"{node.name} count"]) for node in found}
+    if "generator" in kept.saved:
+        generator.set_state(kept.saved["generator"])
+
+    def state() -> dict[str, Tensor]:
+        sums = {f"{node.name} second": G for node, G in found.items()}
+        counts = {f"{node.name} count": torch.tensor(count) for node, count in rows.items()}
+        return {**sums, **counts, "generator": generator.get_state()}
+
+    kept.state = state
 
     def loss(inputs: list[Any], outputs: tuple[Any, ...]) -> Tensor:
         values = reading.outputs(outputs)
@@ -118,8 +160,8 @@ def sensitivities(
 
     def see(node: fx.Node, gradient: Tensor) -> None:
         g = gradient.movedim(nodes[node], -1).flatten(0, -2).double()
-        found[node] = found[node] + g.T @ g if node in found else g.T @ g
+        found[node] = found[node].to(g.device) + g.T @ g if node in found else g.T @ g
         rows[node] = rows.get(node, 0) + len(g)
 
-    data.gradients(program, list(nodes), loss, see)
+    data.gradients(program, list(nodes), loss, see, kept)
     return {node: G / rows[node] for node, G in found.items() if bool(G.isfinite().all()) and bool(G.any())}

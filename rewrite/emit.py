@@ -223,14 +223,18 @@ class GraphOps(Ops):
         fake = value_of(like).new_empty(value.shape, dtype=value.dtype).requires_grad_(trains)
         return self._enter(Derived(leaf, fake), leaf.name)
 
-    def node(self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None) -> fx.Node:
+    def node(
+        self, x: fx.Node | Derived, hint: str = "weight", beside: fx.Node | Derived | None = None, name: str | None = None
+    ) -> fx.Node:
         """``x`` as a node of the graph: a new weight is entered in the table and read.
 
         ``hint`` is the last part of its name (the whole name if it has no leaf); the rest is the path of its largest leaf, or
-        of that of the weight ``beside`` it.
+        of that of the weight ``beside`` it. ``name`` is a whole name, taken as it is if it is free.
         """
         if isinstance(x, fx.Node):
             return x
+        if name is not None:
+            return self._enter(x, name)
         neighbour = self.expression(beside)
         largest = _largest(neighbour or x.expression, self.program)
         if largest is None:

@@ -29,13 +29,14 @@ def moments(
         tokens: the input that is not zero where a token counts, if the model has one. A value of another shape counts whole.
 
     Raises:
-        UsageError: as of ``Data.watch``, or a value is not finite.
+        UsageError: as of ``Data.watch`` and ``Data.checkpoint``, or a value is not finite.
     """
     mask_input = next((node for node in program.placeholders if node.target == tokens), None)
     inputs = program.placeholders
     early = set() if mask_input is None else {node for node in inputs[: inputs.index(mask_input)] if node in values}
-    found: dict[fx.Node, Moments] = {}
-    calls: dict[fx.Node, int] = {}
+    kept = data.checkpoint("moments", program, {"sites": {node.name: axis for node, axis in values.items()}, "tokens": tokens})
+    found = {node: _read(kept.saved, node.name) for node in values if f"{node.name} count" in kept.saved}
+    kept.state = lambda: {name: x for node, m in found.items() for name, x in _written(m, node.name).items()}
     mask: Tensor | None = None
     waiting: list[tuple[fx.Node, Tensor]] = []
 
@@ -51,25 +52,37 @@ def moments(
             take(node, value)
 
     def take(node: fx.Node, value: Tensor) -> None:
-        calls[node] = calls.get(node, 0) + 1
-        x = value.movedim(values[node], -1)
-        rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+        rows = token_rows(value, values[node], mask)
         if not rows.isfinite().all():
-            what = f"data[{calls[node] - 1}]: '{node.name}' at {place(node)} holds NaN or infinity"
+            what = f"data[{kept.calls - 1}]: '{node.name}' at {place(node)} holds NaN or infinity"
             raise UsageError(what, hint="a covariance needs finite values: look at this call, or at the dtype")
         found[node] = added(found.get(node), rows)
 
-    data.watch(program, [node for node in (mask_input, *values) if node is not None], see)
+    data.watch(program, [node for node in (mask_input, *values) if node is not None], see, kept=kept)
     return found
+
+
+def token_rows(value: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    """[N, n]: the vectors along an axis whose token counts; all, if the mask is of another shape."""
+    x = value.movedim(axis, -1)
+    return x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
 
 
 def added(known: Moments | None, rows: Tensor) -> Moments:
     """What is known when rows ``[..., N, n]`` have come too; the sums of ``known`` grow in place."""
     *batch, count, n = rows.shape
-    second = rows.new_zeros((*batch, n, n), dtype=torch.float64) if known is None else known.second
-    first = rows.new_zeros((*batch, n), dtype=torch.float64) if known is None else known.first
+    second = rows.new_zeros((*batch, n, n), dtype=torch.float64) if known is None else known.second.to(rows.device)
+    first = rows.new_zeros((*batch, n), dtype=torch.float64) if known is None else known.first.to(rows.device)
     for part in torch.split(rows, ROWS, dim=-2):
         promoted = part.double()
         second += promoted.mT @ promoted
         first += promoted.sum(-2)
     return Moments(second, first, count + (0 if known is None else known.count))
+
+
+def _written(found: Moments, name: str) -> dict[str, Tensor]:
+    return {f"{name} second": found.second, f"{name} first": found.first, f"{name} count": torch.tensor(found.count)}
+
+
+def _read(saved: Mapping[str, Tensor], name: str) -> Moments:
+    return Moments(saved[f"{name} second"], saved[f"{name} first"], int(saved[f"{name} count"]))

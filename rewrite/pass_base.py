@@ -83,6 +83,22 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A number that a rewrite predicted of one place, and what was measured there when all places were rewritten.
+
+    Attributes: as of ``Application``;
+        what: the number, "relative error of the output".
+    """
+
+    rewrite: str
+    id: str
+    what: str
+    predicted: float
+    measured: float
+    source: str | None = None
+
+
+@dataclass(frozen=True)
 class Miss:
     """How far a rule came at the place where it came furthest.
 
@@ -138,6 +154,7 @@ class Log:
     misses: list[Miss] = field(default_factory=list)
     kept: int | None = None
     plan: MemoryPlan | None = None
+    estimates: list[Estimate] = field(default_factory=list)
     _refused: set[Refusal] = field(default_factory=set, repr=False, compare=False)
 
     def refuse(self, refusal: Refusal) -> None:
@@ -205,6 +222,10 @@ class Context:
     def noted(self, rewrite: Pass, node: fx.Node, text: str) -> None:
         """Record what a user should know about ``node``."""
         self.log.notes.append(Note(rewrite.name, identify(rewrite, node), text, source_of(node)))
+
+    def estimated(self, rewrite: Pass, node: fx.Node, what: str, predicted: float, measured: float) -> None:
+        """Record what was predicted of ``node`` and what was measured there."""
+        self.log.estimates.append(Estimate(rewrite.name, identify(rewrite, node), what, predicted, measured, source_of(node)))
 
 
 class Pass(ABC):

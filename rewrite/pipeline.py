@@ -142,15 +142,15 @@ def _answer(chain: Sequence[Pass], program: Program, before: Program, log: Log, 
     return Evidence(0.0, differences=(Difference(chain[0].name, chain[0].claim.name, moved),))
 
 
-_Mark = tuple[int, int, int]
+_Mark = tuple[int, int, int, int]
 
 
 def _mark(log: Log) -> _Mark:
-    return len(log.applications), len(log.notes), len(log.misses)
+    return len(log.applications), len(log.notes), len(log.misses), len(log.estimates)
 
 
 def _forget(log: Log, mark: _Mark) -> None:
-    for entries, length in zip((log.applications, log.notes, log.misses), mark, strict=True):
+    for entries, length in zip((log.applications, log.notes, log.misses, log.estimates), mark, strict=True):
         del entries[length:]  # type: ignore[attr-defined]
 
 

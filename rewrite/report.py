@@ -13,7 +13,7 @@ from rich.text import Text
 from .claims import ARCHITECTURE
 from .evidence import Evidence
 from .memory_plan import MemoryPlan
-from .pass_base import Application, Log, Note, Refusal
+from .pass_base import Application, Estimate, Log, Note, Refusal
 from .program import Program, target_name
 from .target import Gain
 
@@ -59,7 +59,7 @@ class Report:
     Attributes:
         model: the user's class.
         target: where it should pay.
-        log: every application, refusal and note.
+        log: every application, refusal, note and estimate.
         captured: what the capture had to do, one sentence each.
         before, after: sizes of the captured and of the rewritten program.
         gains: what the target said about each rewrite that is for speed.
@@ -96,6 +96,10 @@ class Report:
         """What was chosen block by block, if there was a budget of memory."""
         return self.log.plan
 
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        return tuple(self.log.estimates)
+
     def fired(self, rewrite: str) -> int:
         """How many times a rewrite fired."""
         return sum(application.rewrite == rewrite for application in self.log.applications)
@@ -114,6 +118,7 @@ class Report:
         yield self._fired()
         if self.notes:
             yield Group(*(Text(f"  {_where(note)}: {note.text}") for note in self.notes))
+        yield from map(self._estimated, dict.fromkeys(estimate.what for estimate in self.estimates))
         if self.refusals or self.log.misses:
             yield self._refused()
         yield Group(*map(Text, self._measured()))
@@ -132,6 +137,13 @@ class Report:
         for name, count in counts.items():
             first = next(a for a in self.log.applications if a.rewrite == name)
             table.add_row(name, str(count), _where(first))
+        return table
+
+    def _estimated(self, what: str) -> Table:
+        table = Table(what, "predicted", "measured", box=None, pad_edge=True)
+        for estimate in self.estimates:
+            if estimate.what == what:
+                table.add_row(Text(_where(estimate)), f"{estimate.predicted:.3f}", f"{estimate.measured:.3f}")
         return table
 
     def _refused(self) -> Table:
@@ -173,5 +185,5 @@ def _answered_for(evidence: Evidence) -> list[str]:
     return lines
 
 
-def _where(entry: Application | Refusal | Note) -> str:
+def _where(entry: Application | Refusal | Note | Estimate) -> str:
     return entry.id.split("@", 1)[-1]

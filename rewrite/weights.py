@@ -194,6 +194,16 @@ class Weights:
         self._origin[unique] = Weight(unique, Leaf(unique), value, "measured", requires_grad=trains)
         return Leaf(unique)
 
+    def measures(self, name: str) -> bool:
+        """Whether a weight is made of what was measured."""
+        return any(self._origin[leaf].kind == "measured" for leaf in leaves(self.entries[name].expression))
+
+    def adopt(self, other: Weights) -> None:
+        """Take in what rewrites of ``other``, a copy of this table, measured."""
+        for name, weight in other._origin.items():
+            if weight.kind == "measured":
+                self.leaves[name], self._origin[name] = other.leaves[name], weight
+
     def rename(self, old: str, new: str) -> None:
         """Give the weight ``old`` the name ``new``; whatever had that name is dropped from the table."""
         self.entries = {

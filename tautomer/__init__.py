@@ -10,6 +10,7 @@ tautomer.nn has norms for models that will be trained.
 
 from tautomer.backends.form import load_form, save_form
 from tautomer.passes.recipes import Compress, Finetune, Inference, LongContext, Training
+from tautomer.rewrite.calibration import Data
 
 from . import nn as nn
 from ._compiler import CompiledGraph, Compiler, compiler
@@ -40,6 +41,7 @@ __all__ = [
     "CompiledGraph",
     "Compiler",
     "Compress",
+    "Data",
     "Explanation",
     "Finetune",
     "Inference",

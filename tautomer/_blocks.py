@@ -24,6 +24,7 @@ from tautomer.backends.exchange import exchange
 from tautomer.backends.module_calls import is_leaf, watch
 from tautomer.passes.cleanup.fold_constants import FoldConstants
 from tautomer.passes.cleanup.fold_weights import FoldWeights
+from tautomer.passes.lowrank.factor_linears import FactorLinears
 from tautomer.passes.memory.checkpoint_blocks import CheckpointBlocks
 from tautomer.passes.memory.plan_memory import MeasureMemory, PlanMemory
 from tautomer.passes.recipes import NORM
@@ -40,7 +41,9 @@ from tautomer.rewrite.target import Target
 from ._front import capture
 from ._settle import LAST, Job, path_of, was_given_up
 
-_ONCE: tuple[type[Pass], ...] = (*NORM, FoldConstants, FoldWeights, CheckpointBlocks, MeasureMemory, PlanMemory, *LAST)
+_ONCE: tuple[type[Pass], ...] = (
+    *NORM, FoldConstants, FoldWeights, FactorLinears, CheckpointBlocks, MeasureMemory, PlanMemory, *LAST,
+)  # fmt: skip
 Place = tuple[str, str]
 """A rewrite and the module path that it wants to rewrite at."""
 Admitted = tuple[tuple[str, ...], tuple[str, ...]]

@@ -102,7 +102,7 @@ def optimize(
     recipe: str | Recipe = "inference",
     passes: Sequence[str | Pass] | None = None,
     target: str | Target = "eager",
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Data | None = None,
     only: Iterable[str] = (),
     skip: Iterable[str] = (),
     fuel: int | None = None,
@@ -122,7 +122,8 @@ def optimize(
         passes: exactly these instead, by name or as passes, in this order; nobody asks whether they pay.
         target: where it should pay: "eager", "inductor", "onnxruntime".
         data: example calls for rewrites that measure: an iterable of tensors, tuples of arguments or dicts of keyword
-            arguments. Read once by each pass that needs it, one call at a time.
+            arguments; or such an iterable as ``tautomer.Data``, which keeps the statistics in a folder. Read by each pass that
+            needs it, one call at a time.
         only, skip: admit or forbid applications by pass name, id or module path.
         fuel: at most this many applications; for bisection.
         dynamic_shapes: as of ``capture``.
@@ -145,8 +146,7 @@ def optimize(
     tell = _progress(progress)
     recipe = _recipe(recipe)
     where = _target(target)
-    measured = None if data is None else Data(data, tell)
-    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel, data=measured, target=where)
+    context = Context(only=_entries("only", only), skip=_entries("skip", skip), fuel=fuel, data=_data(data, tell), target=where)
     plan = _Plan(_passes(recipe, passes), where, passes is None, context, check, tell)
     start = perf_counter()
     tell("capturing")
@@ -710,6 +710,12 @@ def _progress(told: Progress | None) -> Progress:
     if not callable(told):
         raise UsageError(f"progress is a function of the phase's name, not {told!r}", hint="progress=print")
     return told
+
+
+def _data(given: Iterable[Any] | Data | None, tell: Progress) -> Data | None:
+    if given is None:
+        return None
+    return replace(given, tell=tell) if isinstance(given, Data) else Data(given, tell)
 
 
 def _entries(argument: str, entries: Iterable[str]) -> tuple[str, ...]:

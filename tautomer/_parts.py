@@ -15,10 +15,10 @@ from typing import TypeVar
 from torch import nn
 
 from tautomer.rewrite.evidence import Evidence
-from tautomer.rewrite.pass_base import Application, Log, Note, Refusal
+from tautomer.rewrite.pass_base import Application, Estimate, Log, Note, Refusal
 from tautomer.rewrite.report import Report, Size
 
-Entry = TypeVar("Entry", Application, Refusal, Note)
+Entry = TypeVar("Entry", Application, Refusal, Note, Estimate)
 
 
 def assemble(model: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -48,6 +48,7 @@ def merge(model: str, target: str, reports: Mapping[str, Report]) -> Report:
         for refusal in report.log.refusals:
             log.refuse(_placed(refusal, path))
         log.notes += [_placed(entry, path) for entry in report.log.notes]
+        log.estimates += [_placed(entry, path) for entry in report.log.estimates]
     captured = (
         f"captured in parts: {', '.join(reports) if any(reports) else 'the whole'}; the rest runs as the user wrote it",
         *(f"{path}: {note}" for path, report in reports.items() for note in report.captured),

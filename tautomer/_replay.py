@@ -11,6 +11,7 @@ from typing import Any
 
 from tautomer.backends.rewritten import Rewritten
 from tautomer.passes.recipes import Recipe
+from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Application, Log, Pass
 from tautomer.rewrite.target import Target
@@ -29,7 +30,7 @@ def bisect(
     recipe: str | Recipe = "inference",
     passes: Sequence[str | Pass] | None = None,
     target: str | Target = "eager",
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Data | None = None,
     dynamic_shapes: Any = "auto",
     progress: Progress | None = None,
 ) -> Application | None:
@@ -85,7 +86,7 @@ def replay(
     kwargs: Mapping[str, Any] | None = None,
     *,
     passes: Sequence[str | Pass] | None = None,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Data | None = None,
     dynamic_shapes: Any = "auto",
     check: bool = True,
 ) -> Rewritten:

@@ -41,7 +41,7 @@ class Job(Generic[P]):
     def settle(self, check: bool) -> tuple[Program, Outcome, P]:
         """The rewriting without what cannot be written back, each of which is a refusal."""
         refusals: list[Refusal] = []
-        checked = False
+        checked = self.context.data is not None  # what measures is not done twice, if it can be written back at once
         while True:
             program, outcome, plan = self.attempt(refusals, check and checked)
             if plan.faults:

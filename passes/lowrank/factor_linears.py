@@ -18,13 +18,16 @@ The budget is a part of the parameters of all layers, of their FLOPs in the exam
 than a layer that reads them all), or of their time on the target (prices.py). Of a time, only layers that are faster in factors
 there, at some rank, are part; the others stay dense.
 
+With ``sequential=True`` the layers are then fitted again, in order, at the ranks they got: each to give what it gave in the dense
+model from what the factored layers before it give now (rewrite/refit.py). Two more runs over the data for each layer input.
+
 arXiv:2403.07378 (SVD-LLM: the whitened factors), arXiv:2410.14649 (EvoPress: the search).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
 
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor, fx
 
 from tautomer.rewrite.allocation import Choice, Option, allocate, between, evolve, require_feasible, spent, threshold
+from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.claims import APPROXIMATE
 from tautomer.rewrite.divergence import Divergence, sensitivities
 from tautomer.rewrite.emit import Editor, GraphOps
@@ -42,7 +46,8 @@ from tautomer.rewrite.latency import Latency
 from tautomer.rewrite.layers import Layer, layer_of
 from tautomer.rewrite.moments import moments
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program, path_of, target_name
+from tautomer.rewrite.program import Program, target_name
+from tautomer.rewrite.refit import Fit, Pairs, error_of, fitted, pairs
 
 from .prices import Of, Prices, Sizes, microseconds
 
@@ -106,6 +111,7 @@ class FactorLinears(Pass):
         error: how errors of a layer's output are weighed: by what the "outputs" of the model lose, or all alike ("layer").
         calls: how many calls of the data the losses are measured on; their outputs are kept meanwhile.
         tokens: the input that is not zero where a token counts, if the model has one.
+        sequential: fit each layer behind the factored ones before it; needs data.
         seed: of the search.
     """
 
@@ -115,7 +121,7 @@ class FactorLinears(Pass):
 
     def __init__(self, ratio: float = 0.6, *, of: Of = "parameters", allocation: Allocation = "predicted",
                  multiple: int | None = None, generations: int = 0, error: Error = "outputs", calls: int = 4,
-                 tokens: str = "attention_mask", seed: int = 0) -> None:  # fmt: skip
+                 tokens: str = "attention_mask", sequential: bool = False, seed: int = 0) -> None:  # fmt: skip
         if not ratio > 0:
             raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
         if of not in get_args(Of):
@@ -132,9 +138,12 @@ class FactorLinears(Pass):
             raise UsageError("multiple and calls are at least 1, generations at least 0")
         self.ratio, self.of, self.allocation, self.multiple, self.generations = ratio, of, allocation, multiple, generations
         self.error, self.calls, self.tokens, self.seed = error, calls, tokens, seed
+        self.sequential = sequential
         self._times: dict[Hashable, Latency] = {}
 
     def run(self, program: Program, context: Context) -> None:
+        if self.sequential and context.data is None:
+            raise UsageError("sequential=True fits the layers on data, and there is none", hint="data=[…]")
         if self.ratio >= 1:
             return
         editor, prices = Editor(program), Prices(self.of, program, context.target, self._times)
@@ -145,14 +154,18 @@ class FactorLinears(Pass):
         seen: Mapping[fx.Node, Moments] = {}
         if context.data is not None:
             seen = moments(program, context.data, {c.x: c.layer.axis for c in found}, self.tokens)
-        factors = self._factors(found, program, seen, context)
+        weighed = self._weighed(found, program, context)
+        factors = self._factors(found, program, seen, weighed)
         plan = _Plan(self, program, found, sizes, prices, factors, [seen[c.x].mean if c.x in seen else None for c in found])
         ranks = plan.ranks(context)
+        if self.sequential and context.data is not None:
+            plan.fit(ranks, weighed, context.data)
+        errors = plan.errors(ranks, seen)
         for index, (candidate, rank) in enumerate(zip(found, ranks, strict=True)):
             if context.fuel is not None and context.fuel <= 0:
                 break
             self._apply(candidate, rank, plan, index, editor, context)
-        _tell(self, plan, ranks, seen, context)
+        _tell(self, plan, ranks, seen, errors, context)
 
     def _candidates(self, editor: Editor, prices: Prices, context: Context) -> Iterator[tuple[Matrix, Sizes]]:
         for node in list(editor.program.graph.nodes):
@@ -178,13 +191,15 @@ class FactorLinears(Pass):
         best = context.target.multiple if self.of == "latency" and context.target is not None else MULTIPLE
         return self.multiple or best
 
+    def _weighed(self, found: Sequence[Matrix], program: Program, context: Context) -> Mapping[fx.Node, Tensor]:
+        if context.data is None or self.error != "outputs":
+            return {}
+        context.data.tell("measuring what the outputs depend on")
+        return sensitivities(program, context.data, {c.layer.node: c.layer.axis for c in found}, self.tokens, self.seed)
+
     def _factors(
-        self, found: Sequence[Matrix], program: Program, seen: Mapping[fx.Node, Moments], context: Context
+        self, found: Sequence[Matrix], program: Program, seen: Mapping[fx.Node, Moments], weighed: Mapping[fx.Node, Tensor]
     ) -> list[Factors]:
-        weighed: Mapping[fx.Node, Tensor] = {}
-        if context.data is not None and self.error == "outputs":
-            context.data.tell("measuring what the outputs depend on")
-            weighed = sensitivities(program, context.data, {c.layer.node: c.layer.axis for c in found}, self.tokens, self.seed)
         return [
             factor(c.value(program), seen[c.x].covariance(c.bias is not None) if c.x in seen else None, weighed.get(c.layer.node))
             for c in found
@@ -199,7 +214,9 @@ class FactorLinears(Pass):
             small = break_even(c.m, c.n) < self._multiple(context)
             context.refused(self, node, dense if small else "stays dense: the budget is spent better elsewhere")
             return
-        emit = lambda op: [low_rank(op, c, plan.factors[index], rank, plan.means[index])]  # noqa: E731
+        c = replace(c, layer=layer_of(node) or c.layer)  # what it reads may have been factored by now
+        fit, factors, mean = plan.fits.get(index), plan.factors[index], plan.means[index]
+        emit = lambda op: [behind(op, c, fit) if fit is not None else low_rank(op, c, factors, rank, mean)]  # noqa: E731
         try:
             substitute(self, [node], emit, editor, context, copies=True)
         except Refused as refusal:
@@ -236,22 +253,38 @@ def candidate(layer: Layer, editor: Editor) -> Matrix:
 def low_rank(op: GraphOps, c: Matrix, factors: Factors, rank: int, mean: Tensor | None) -> fx.Node:
     """linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)"""
     W, b, layer = c.layer.weight, c.layer.bias, c.layer
-    where = path_of(layer.node) + "." if path_of(layer.node) else ""
-    trains = bool(op.program.weights[c.name].requires_grad)
+    where = _beside(c)
     kept = torch.promote_types(W.meta["val"].dtype, torch.float32)
-    P, Q = (
-        op.measured(f"{where}{name}", axes[:, :rank].to(kept).contiguous(), W, trains)
-        for name, axes in (("left", factors.left), ("right", factors.right))
-    )
+    left, right = (axes[:, :rank].to(kept).contiguous() for axes in (factors.left, factors.right))
+    P, Q = op.instead("left", left, W), op.measured(f"{where}right", right, W)
     matrix = op.reshape(W, [c.m, c.n]) if layer.kind.dims else W
     B = op.matmul(op.t(Q), matrix)
-    A = op(aten.mul.Scalar)(P, 1.0)  # of the table's dtype: the basis itself is kept more precisely
     if c.bias is not None and mean is not None:
         mu = op.measured(f"{where}mean", mean.to(kept), W)
         b = op.node(op.add(b, op.sub(op.mv(matrix, mu), op.mv(P, op.mv(B, mu)))), "bias", beside=W)
-    for_kernel = [1] * layer.kind.dims
-    down, up = (op.reshape(M, [*M.fake.shape, *for_kernel]) if for_kernel else M for M in (B, A))
-    return layer.on(op, layer.on(op, c.x, op.node(down), None), op.node(up), b)
+    return _two_layers(op, c, B, P, b)
+
+
+def behind(op: GraphOps, c: Matrix, fit: Fit) -> fx.Node:
+    """linear(linear(x, V), U, b + s), fitted to what stands before it."""
+    W, b = c.layer.weight, c.layer.bias
+    kept = torch.promote_types(W.meta["val"].dtype, torch.float32)
+    V, U = (op.instead(name, x.to(kept).contiguous(), W) for name, x in (("right", fit.V), ("left", fit.U)))
+    if fit.shift is not None:
+        b = op.node(op.add(b, op.measured(f"{_beside(c)}shift", fit.shift.to(kept), W)), "bias", beside=W)
+    return _two_layers(op, c, V, U, b)
+
+
+def _two_layers(op: GraphOps, c: Matrix, V: Any, U: Any, b: Any) -> fx.Node:
+    layer, for_kernel = c.layer, [1] * c.layer.kind.dims
+    down, up = (op.reshape(M, [*M.fake.shape, *for_kernel]) if for_kernel else M for M in (V, U))
+    first = layer.on(op, c.x, op.node(down, name=f"{_beside(c)}V"), None)
+    return layer.on(op, first, op.node(up, name=f"{_beside(c)}U"), b)
+
+
+def _beside(c: Matrix) -> str:
+    """What a name begins with that stands beside the weight."""
+    return "".join(c.name.rpartition(".")[:2])
 
 
 class _Plan:
@@ -266,14 +299,34 @@ class _Plan:
         self.options = [s.ranks for s in sizes]
         self.losses: list[list[float]] = []
         self.divergence: Divergence | None = None
+        self.fits: dict[int, Fit] = {}
+
+    def fit(self, ranks: Sequence[int | None], weighed: Mapping[fx.Node, Tensor], data: Data) -> None:
+        """Fit each layer at its rank behind those before it."""
+        inputs: dict[fx.Node, list[int]] = {}
+        for index, rank in enumerate(ranks):
+            if rank is not None:
+                inputs.setdefault(self.layers[index].x, []).append(index)
+        edits: dict[str, Tensor] = {}
+        for number, (x, indices) in enumerate(inputs.items(), 1):
+            data.tell(f"fitting what reads input {number} of {len(inputs)}")
+            seen = pairs(self.program, data, edits, x, self.layers[indices[0]].layer.axis, self.rewrite.tokens)
+            for index in indices:
+                c, rank = self.layers[index], ranks[index]
+                assert rank is not None
+                bias = None if c.bias is None else self.program.weights.value(c.bias, torch.float64)
+                self.fits[index] = fitted(c.value(self.program), bias, seen, rank, weighed.get(c.layer.node))
+            edits |= self.edits({index: ranks[index] for index in indices})
 
     def ranks(self, context: Context) -> list[int | None]:
         costs = [s.costs for s in self.sizes]
         require_feasible([[Option(size, 0.0) for size in row] for row in costs], self.budget, self.prices.told)
-        if self.rewrite.allocation == "uniform" or context.data is None:
+        if context.data is None:
             return self._of(self._uniform())
         calls = list(islice(context.data.each(self.program), self.rewrite.calls))
         self.divergence = Divergence(self.program, calls, self.rewrite.tokens)
+        if self.rewrite.allocation == "uniform":
+            return self._of(self._uniform())
         self.losses = [self._curve(index, context) for index in range(len(self.layers))]
         curves = [[Option(*o) for o in zip(sizes, row, strict=True)] for sizes, row in zip(costs, self.losses, strict=True)]
         start = (threshold if self.rewrite.allocation == "threshold" else allocate)(curves, self.budget)
@@ -316,6 +369,29 @@ class _Plan:
         chosen = dict(enumerate(self._of(choice)))
         return self.divergence(self.edits(chosen), range(calls if stage else max(1, calls // 4)))
 
+    def errors(self, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments]) -> dict[int, tuple[float, float]]:
+        """|y' - y| / |y| of what factored layers give, predicted and measured in the factored model, by layer."""
+        if self.divergence is None:
+            return {}
+        chosen = {index: rank for index, rank in enumerate(ranks) if rank is not None}
+        nodes = {self.layers[index].layer.node: self.layers[index].layer.axis for index in chosen}
+        measured = self.divergence.at(nodes, self.edits(chosen))
+        return {
+            index: (self._predicted(index, rank, seen[self.layers[index].x]), measured[self.layers[index].layer.node])
+            for index, rank in chosen.items()
+        }
+
+    def _predicted(self, index: int, rank: int, seen: Moments) -> float:
+        """Of the layer alone, or behind the fitted ones before it."""
+        c, fit = self.layers[index], self.fits.get(index)
+        if fit is not None:
+            return fit.error
+        W = c.value(self.program)
+        product = self.factors[index].product(W, rank)
+        bias = None if c.bias is None else self.program.weights.value(c.bias, torch.float64)
+        shift = None if bias is None else (W - product) @ seen.mean
+        return error_of(W, bias, Pairs(seen.second, seen, seen), product, shift)
+
     def edits(self, ranks: Mapping[int, int | None]) -> dict[str, Tensor]:
         """The weights of the table with some layers of a lower rank."""
         weights: dict[str, Tensor] = {}
@@ -326,17 +402,20 @@ class _Plan:
             old = self.program.weights.value(c.name)
             W = c.turned(old.detach()).reshape(c.m, c.n)
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
-            product = self.factors[index].product(wide, rank)
+            fit = self.fits.get(index)
+            product = self.factors[index].product(wide, rank) if fit is None else (fit.U @ fit.V).to(wide)
             weights[c.name] = c.turned(product.reshape(c.turned(old).shape)).to(old.dtype)
             if c.bias is not None and mean is not None:
                 b = self.program.weights.value(c.bias).detach()
-                weights[c.bias] = (b + (wide - product) @ mean.to(wide)).to(b.dtype)
+                shift = (wide - product) @ mean.to(wide) if fit is None or fit.shift is None else fit.shift.to(wide)
+                weights[c.bias] = (b + shift).to(b.dtype)
         return weights
 
 
 def _tell(
-    rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments], context: Context
-) -> None:
+    rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments],
+    errors: Mapping[int, tuple[float, float]], context: Context,
+) -> None:  # fmt: skip
     """One line per layer, one per shape that was timed, and one of the whole."""
     timed = {id(s.latency): (c, s.latency) for c, s in zip(plan.layers, plan.sizes, strict=True) if s.latency is not None}
     for c, time in timed.values():
@@ -347,9 +426,12 @@ def _tell(
         if rank is None:
             continue
         loss = f", loss alone {plan.losses[index][plan.options[index].index(rank)]:.1e}" if plan.losses else ""
-        part, error = cost(c.m, c.n, rank) / (c.m * c.n), plan.factors[index].error(rank)
-        what = f"[{c.m}, {c.n}] at rank {rank}: {part:.2f} of its parameters, relative error {error:.3f}{loss}"
+        part, node = cost(c.m, c.n, rank) / (c.m * c.n), c.layer.node
+        alone = "" if index in errors else f", relative error {plan.factors[index].error(rank):.3f}"
+        what = f"[{c.m}, {c.n}] at rank {rank}: {part:.2f} of its parameters{alone}{loss}"
         context.noted(rewrite, c.layer.node, what)
+        if index in errors:
+            context.estimated(rewrite, node, "relative error of the output", *errors[index])
         if c.x in seen and seen[c.x].count < c.n:
             few = f"{seen[c.x].count} tokens tell little of {c.n} channels: a ridge was added; give at least {10 * c.n}"
             context.noted(rewrite, c.layer.node, few)

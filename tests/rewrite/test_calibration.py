@@ -115,3 +115,18 @@ def test_a_call_that_fails_inside_is_named() -> None:
 def test_one_call_is_no_iterable_of_calls(one: Any) -> None:
     with pytest.raises(UsageError, match="iterable of example calls"):
         Data(one)
+
+
+def test_constants_of_the_example_need_not_be_repeated() -> None:
+    """Keyword arguments without a tensor: as given in the example, unless the call says otherwise."""
+
+    class Plain(nn.Module):
+        def forward(self, x: Tensor, flag: bool = True, sizes: tuple[int, int] = (1, 1)) -> Tensor:
+            return x.tanh() * sizes[0] if not flag else x
+
+    subject = capture(Plain(), (torch.randn(2, 4),), {"flag": False, "sizes": (3, 1)})
+    calls = [X, {"x": X}, (X, False), {"x": X, "sizes": (3, 1)}]
+    count, values = seen(subject, calls)
+    assert count == 4 and all(torch.equal(value, X.tanh()) for value in values)
+    with pytest.raises(UsageError, match=r"data\[0\]: .flag. was False when"):
+        seen(subject, [{"x": X, "flag": True}])

@@ -87,3 +87,20 @@ def test_sensitivities_leave_parameters_and_their_gradients_alone() -> None:
     model, given = Net(named=True).eval(), calls()[0]
     model.requires_grad_(False)
     assert fisher(model, given).any() and all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_how_far_values_move_inside() -> None:
+    """Over the tokens that count, in the edited program as a whole."""
+    model, given = Net(False).eval(), calls()
+    program = capture(model, tuple(given[0]))
+    first, head = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    edits = {"first.weight": torch.randn(6, 4), "head.weight": torch.randn(5, 6)}
+    found = Divergence(program, given).at({first: 2, head: 2}, edits)
+    x = torch.cat([x[mask != 0] for x, mask in given])
+    before, now = model.first(x), F.linear(x, edits["first.weight"], model.first.bias)
+    wanted = {
+        first: (before, now),
+        head: (model.head(before.tanh()), F.linear(now.tanh(), edits["head.weight"], model.head.bias)),
+    }
+    for node, (y, other) in wanted.items():
+        assert found[node] == pytest.approx(((other - y).norm() / y.norm()).item(), rel=1e-5)

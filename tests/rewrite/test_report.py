@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tautomer.rewrite.pass_base import Application, Log, Refusal
+from tautomer.rewrite.pass_base import Application, Estimate, Log, Refusal
 from tautomer.rewrite.report import Report, Size
 from tautomer.rewrite.target import Gain
 
@@ -19,3 +19,13 @@ def test_a_gain_is_told_of_what_fired_alone() -> None:
     gains = {name: Gain(True, 2.0, 1.0, f"the gain of {name}") for name in ("fuse", "pack")}
     text = str(Report("Model", "onnxruntime", log, (), size, size, gains))
     assert "the gain of fuse" in text and "the gain of pack" not in text
+
+
+def test_predicted_and_measured_stand_beside_each_other() -> None:
+    log, size = Log(estimates=[Estimate("factor", "factor@h.0.fc/linear", "relative error", 0.125, 0.25)]), Size(0, 0, {})
+    report = Report("Model", "eager", log, (), size, size)
+    assert "h.0.fc/linear       0.125      0.250" in str(report) and report.estimates[0].measured == 0.25
+    assert report.as_dict()["log"]["estimates"][0] == {
+        "rewrite": "factor", "id": "factor@h.0.fc/linear", "what": "relative error", "predicted": 0.125, "measured": 0.25,
+        "source": None,
+    }  # fmt: skip

@@ -214,3 +214,11 @@ def test_checkpoint_of_what_is_traced_in_a_checkpoint(reentrant: bool) -> None:
     parts = {str(n.target): _torch.checkpoint_of(n) for n in graph.nodes if n.op == "call_function"}
     assert parts["aten.cos.default"] is parts["aten.tan.default"] is None
     assert parts["aten.exp.default"] == parts["aten.sin.default"] is not None
+
+
+def test_plain_results():
+    class Shown(torch.Tensor):
+        __torch_function__ = _torch.plain_results
+
+    shown = torch.ones(2, requires_grad=True).mul(3).as_subclass(Shown)
+    assert type(shown) is Shown and type(shown * 2) is torch.Tensor and (shown * 2).requires_grad

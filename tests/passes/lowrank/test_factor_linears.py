@@ -182,6 +182,13 @@ def test_time_is_measured_in_multiples_that_suit_the_target() -> None:
             assert fast.get_parameter(f"{path}.left").shape[1] % resolve("eager").multiple == 0
 
 
+def test_a_layer_that_reads_a_factored_one() -> None:
+    model, data = nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 64)).eval(), [torch.randn(300, 64)]
+    fast = optimize(model, data, FactorLinears(0.6, allocation="uniform"), data[0][:5])
+    assert fast.report.fired(NAME) == 2 and fast.program.count(aten.linear.default) == 4
+    assert difference(model, fast, data) < 0.5
+
+
 def test_weights_that_something_else_reads_are_refused() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -280,6 +287,32 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert difference(half.float(), fast.float(), data) < 1.1 * difference(
         model, optimize(model, data, FactorLinears(0.5, generations=2)), data
     )
+
+
+def test_predicted_errors_are_those_that_are_measured() -> None:
+    """A layer that reads the input alone errs as predicted; one behind factored layers errs more, or is fitted to them."""
+    model, data = Net().eval(), inputs()
+    found = {}
+    for sequential in (False, True):
+        fast = optimize(model, data, FactorLinears(0.5, allocation="uniform", calls=6, sequential=sequential))
+        with torch.no_grad():
+            rows = [(model(x), fast(x)) for x in data]
+        y, z = (torch.cat([row[i].flatten(0, 1) for row in rows]) for i in (0, 1))
+        estimates = {e.id.split("@")[1].split("/")[0]: e for e in fast.report.estimates}
+        assert set(estimates) == {"gate", "up", "down"}
+        for name in ("gate", "up"):
+            assert estimates[name].measured == pytest.approx(estimates[name].predicted, rel=1e-3)
+        found[sequential] = estimates["down"]
+        assert found[sequential].measured == pytest.approx(float((z - y).norm() / y.norm()), rel=1e-3)
+    assert found[True].measured == pytest.approx(found[True].predicted, rel=1e-3)
+    assert found[True].measured < found[False].measured
+
+
+def test_layers_in_order_keep_the_budget_and_need_data() -> None:
+    fast = optimize(Net().eval(), inputs(), FactorLinears(0.5, sequential=True))
+    assert fast.report.fired(NAME) >= 2 and sum(p.numel() for p in fast.parameters() if p.ndim == 2) <= 0.5 * 6 * D * D
+    with pytest.raises(UsageError, match="there is none"):
+        optimize(Net().eval(), None, FactorLinears(0.5, sequential=True))
 
 
 def test_only_and_skip_and_fuel() -> None:
