@@ -91,7 +91,7 @@ def _stored(folder: Path, wanted: Collection[str], own: bool = True) -> dict[str
         if file.name == _OWN and not own:
             continue
         try:
-            with safe_open(file, "pt") as data:
+            with safe_open(file, "pt") as data:  # type: ignore[no-untyped-call]
                 here = set(wanted).intersection(data.keys()) - set(found)
                 found |= {name: data.get_tensor(name) for name in here}
         except SafetensorError as error:

@@ -155,4 +155,4 @@ def enter(found: Any, x: Any) -> None:
         found.update(repr(x).encode())
         return
     found.update(f"{x.dtype} {tuple(x.shape)}".encode())
-    found.update(memoryview(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -24,7 +24,7 @@ def test_a_gain_is_told_of_what_fired_alone() -> None:
 def test_predicted_and_measured_stand_beside_each_other() -> None:
     log, size = Log(estimates=[Estimate("factor", "factor@h.0.fc/linear", "relative error", 0.125, 0.25)]), Size(0, 0, {})
     report = Report("Model", "eager", log, (), size, size)
-    assert "h.0.fc/linear       0.125      0.250" in str(report) and report.estimates[0].measured == 0.25
+    assert "h.0.fc/linear   0.125      0.250" in str(report) and report.estimates[0].measured == 0.25
     assert report.as_dict()["log"]["estimates"][0] == {
         "rewrite": "factor", "id": "factor@h.0.fc/linear", "what": "relative error", "predicted": 0.125, "measured": 0.25,
         "source": None,
