@@ -22,6 +22,7 @@ What everything speaks of:
     moments.py      First and second moments of values of a program over the user's data
     divergence.py   How far a program moves when its weights do, on the user's data and without labels
     allocation.py   Which of a few sizes each layer takes, so that all fit a budget
+    attention_report.py  What became of the attentions of a model: which form, how far off, and why one was left alone
 
 One vocabulary, and emission in it:
 
@@ -96,5 +97,6 @@ Running them:
 
     pipeline.py     Run an ordered tuple of passes on a program, and answer for the result
     drawing.py      A program drawn in layers, as SVG: repeated blocks in one box, colours by kind
+    attention_drawing.py  What became of the attentions of a model, as SVG: a bar per attention
     report.py       The report: what fired, what did not and why, how exact, what it cost, whether it paid
 """

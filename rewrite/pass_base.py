@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from .attention_report import AttentionReport
 from .calibration import Data
 from .claims import Claim
 from .program import Program, path_of, source_of
@@ -121,12 +122,18 @@ class Miss:
 
 @dataclass
 class Log:
-    """What happened, in order. ``misses`` has the nearest miss of each rule that found nothing, if something looked like it."""
+    """What happened, in order.
+
+    Attributes:
+        misses: the nearest miss of each rule that found nothing, if something looked like it.
+        attentions: what each rewrite that replaces attentions made of them.
+    """
 
     applications: list[Application] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
+    attentions: list[AttentionReport] = field(default_factory=list)
     _refused: set[Refusal] = field(default_factory=set, repr=False, compare=False)
 
     def refuse(self, refusal: Refusal) -> None:
