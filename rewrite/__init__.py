@@ -30,6 +30,7 @@ One vocabulary, and emission in it:
     hybrid_attention.py    Softmax over the nearest keys, and a kernel for the rest
     subset_attention.py    Attention over a subset of the keys
     landmark_attention.py  Attention through a few landmarks, which stand for segments of the sequence
+    pooling.py      Pooling in the place of attention: means and maxima of all, of a segment, of the neighbours
     library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
     own_gradient.py An op with its own gradient: what it computes, what its backward keeps, and what it makes of that
     lean.py         Ops that compute what stock ops do and keep less of it for the backward
