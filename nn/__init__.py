@@ -17,10 +17,12 @@ cond_low_rank.py A low-rank layer whose condition number stays bounded (CondLR)
 correction.py    What quantisation took from a layer, given back by a branch of low rank (LoRC, whitened)
 linears.py       The linear layers of a model become structured ones, in place
 
-Attention in linear time, to train from scratch:
+In the place of attention, to train from scratch:
 
 galerkin_attention.py  Fourier and Galerkin attention, for operators between functions
 lightning.py           The block of TransNormerLLM: Lightning attention with decay, and its gated unit
+ponet.py               PoNet: pooling of the whole, of segments and of neighbours
+poolformer.py          The block of PoolFormer: the mean of neighbours, less the pixel itself
 """
 
 from .block_dense import BlockDenseLinear
@@ -34,6 +36,8 @@ from .lightning import LightningAttention, LightningBlock
 from .linears import replace_linears
 from .low_rank import LowRankLinear
 from .offline import OfflineNorm, padding
+from .ponet import PoNet
+from .poolformer import PoolFormerBlock, PoolMixer
 from .power_norm import PowerNorm
 from .replace import replace_layer_norms
 from .self_guided import SelfGuidance, SelfGuidedLinear
@@ -54,6 +58,9 @@ __all__ = [
     "LightningBlock",
     "LowRankLinear",
     "OfflineNorm",
+    "PoNet",
+    "PoolFormerBlock",
+    "PoolMixer",
     "PowerNorm",
     "SelfGuidance",
     "SelfGuidedLinear",

@@ -27,6 +27,9 @@ from .attention.move_transpose import MoveTranspose
 from .attention.nystrom_attention import NystromAttention
 from .attention.pack_attention import PackAttention
 from .attention.pack_cached_attention import PackCachedAttention
+from .attention.ponet_attention import PonetAttention
+from .attention.poolformer_attention import PoolformerAttention
+from .attention.qknorm_attention import QknormAttention
 from .attention.raise_cached_mask import RaiseCachedMask
 from .attention.regroup_products import RegroupProducts
 from .attention.split_heads import SplitHeads
@@ -221,6 +224,9 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     KernelAttention,
     HybridAttention,
     GatedAttention,
+    PonetAttention,
+    PoolformerAttention,
+    QknormAttention,
 )
 """A user asks for these, by name: another function, other shapes of weights, or a price that few targets repay."""
 PASSES: tuple[type[Pass], ...] = (*EXACT, *MEMORY, *ON_REQUEST)

@@ -27,6 +27,7 @@ What everything speaks of:
     refit.py        The factors of a layer whose input is no longer what it was
     divergence.py   How far a program moves when its weights do, on the user's data and without labels
     allocation.py   Which of a few sizes each layer takes, so that all fit a budget
+    attention_report.py  What became of the attentions of a model: which form, how far off, and why one was left alone
 
 One vocabulary, and emission in it:
 
@@ -34,6 +35,7 @@ One vocabulary, and emission in it:
     hybrid_attention.py    Softmax over the nearest keys, and a kernel for the rest
     subset_attention.py    Attention over a subset of the keys
     landmark_attention.py  Attention through a few landmarks, which stand for segments of the sequence
+    pooling.py      Pooling in the place of attention: means and maxima of all, of a segment, of the neighbours
     library.py      The semantic ops that ATen has no name for: a ``torch.library`` op each, whose body is its meaning
     own_gradient.py An op with its own gradient: what it computes, what its backward keeps, and what it makes of that
     lean.py         Ops that compute what stock ops do and keep less of it for the backward
@@ -105,5 +107,6 @@ Running them:
 
     pipeline.py     Run an ordered tuple of passes on a program, and answer for the result
     drawing.py      A program drawn in layers, as SVG: repeated blocks in one box, colours by kind
+    attention_drawing.py  What became of the attentions of a model, as SVG: a bar per attention
     report.py       The report: what fired, what did not and why, how exact, what it cost, whether it paid
 """

@@ -73,6 +73,7 @@ class AttentionSite:
         padding: its parts that do not depend on the query.
         bias: its parts that depend on positions alone.
         unknown: why a part is none of these.
+        mask: the whole of it, as the call reads it, beside a causal flag; None if it reads none.
     """
 
     node: fx.Node
@@ -89,6 +90,7 @@ class AttentionSite:
     padding: tuple[Part, ...]
     bias: tuple[Part, ...]
     unknown: str
+    mask: fx.Node | None = None
 
     @property
     def causal(self) -> bool:
@@ -107,7 +109,8 @@ class AttentionSite:
         """The same attention in a copy of the program, whose nodes ``twins`` has by those of this one."""
         nodes = {name: twins[getattr(self, name)] for name in ("node", "query", "key", "value")}
         padding, bias = (tuple(replace(part, node=twins[part.node]) for part in parts) for parts in (self.padding, self.bias))
-        return replace(self, **nodes, padding=padding, bias=bias)  # type: ignore[arg-type]
+        mask = None if self.mask is None else twins[self.mask]
+        return replace(self, **nodes, padding=padding, bias=bias, mask=mask)  # type: ignore[arg-type]
 
     def keys_kept(self, op: Ops) -> Any:
         """The padding as one mask, boolean (True is kept) or added, broadcast to ``[batch, 1, 1, keys]``; None without any."""
@@ -160,7 +163,8 @@ def site_of(node: fx.Node, masks: Masks) -> AttentionSite:
     own = same(shape(q)[-2], shape(k)[-2]) and common_source(q, k, v)
     scale = float(given["scale"]) if given["scale"] is not None else 1 / math.sqrt(width)
     mask = _decomposed(node, given["attn_mask"], bool(given["is_causal"]), masks)
-    return AttentionSite(node, q, k, v, scale, given["dropout_p"], heads // key_heads, own, cached(k), *mask)
+    read = given["attn_mask"]
+    return AttentionSite(node, q, k, v, scale, given["dropout_p"], heads // key_heads, own, cached(k), *mask, read)
 
 
 def cached(key: fx.Node) -> bool:

@@ -6,6 +6,7 @@ KL(dense || edited) per token of the logits, or the mean relative error of the o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,29 @@ from .calibration import Data
 from .interpret import interpret
 from .moments import token_rows
 from .program import Program
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far the outputs of a program are from those of another one, on data.
+
+    Attributes:
+        what: "KL of the logits", in nats per row that counts, or "relative error of the outputs" of a model without logits.
+        mean, worst: over the calls.
+        agree: the share of rows that count whose largest logit is the same one; None without logits.
+        calls: how many there were.
+    """
+
+    what: str
+    mean: float
+    worst: float
+    agree: float | None
+    calls: int
+
+    def __str__(self) -> str:
+        unit = "" if self.agree is None else " nats"
+        same = "" if self.agree is None else f", the largest logit is the same in {self.agree:.1%} of the rows"
+        return f"{self.what} {self.mean:.2e}{unit} on {self.calls} calls (the worst call: {self.worst:.2e}){same}"
 
 
 class Reading:
@@ -40,7 +64,7 @@ class Reading:
             pairs = list(zip(wanted, found, strict=True))
             return sum(float((b - a).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs) / max(1, len(pairs))
         p, q = (self.rows(x, inputs).log_softmax(-1) for x in (wanted[0], found[0]))
-        return float((p.exp() * (p - q)).sum(-1).mean())
+        return float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0.0))
 
     def rows(self, logits: Tensor, inputs: Sequence[Any]) -> Tensor:
         """[N, classes]: those whose token counts."""
@@ -51,16 +75,21 @@ class Reading:
         return None if self.mask is None else inputs[self.mask] != 0
 
 
-def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_mask") -> float:
-    """The loss of a program against another one of the same signature, the mean over the calls of ``data``."""
-    reading, losses = Reading(old, tokens), list[float]()
+def divergence(old: Program, new: Program, data: Data, tokens: str = "attention_mask") -> Moved:
+    """How far a program is from another one of the same signature, on the calls of ``data``."""
+    reading, losses, rows = Reading(old, tokens), list[float](), [0, 0]
 
     def see(inputs: Sequence[Any], found: Sequence[tuple[Any, ...]]) -> None:
         before, after = map(reading.outputs, found)
         losses.append(reading.loss(before, after, inputs))
+        if reading.logits is not None:
+            best, other = (reading.rows(x[0], inputs).argmax(-1) for x in (before, after))
+            rows[0] += int((best == other).sum())
+            rows[1] += best.numel()
 
-    data.outputs((old, new), see)
-    return sum(losses) / len(losses)
+    calls = data.outputs((old, new), see)
+    agree = rows[0] / rows[1] if rows[1] else None
+    return Moved(reading.what, sum(losses) / calls, max(losses), agree, calls)
 
 
 class Divergence:

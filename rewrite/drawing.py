@@ -231,12 +231,16 @@ def _svg(graph: networkx.DiGraph, placed: tuple[Places, Lanes]) -> str:
     right = max(x + box.width / 2 for box, (x, _, _) in places.items()) + _GAP
     bottom = max(bottom for _, _, bottom in places.values()) + _GAP
     edges = [_edge([tail, *lanes[tail, head], head], places) for tail, head in graph.edges]
-    drawn = [_ink(box, *places[box][:2]) for box in graph]
+    return svg(left, -_GAP, right - left, bottom + _GAP, [*edges, *(_ink(box, *places[box][:2]) for box in graph)])
+
+
+def svg(left: float, top: float, width: float, height: float, drawn: Iterable[str]) -> str:
+    """The text of an SVG file: what is drawn, on white, in letters of one width."""
     return "\n".join((
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right - left:.0f}" height="{bottom + _GAP:.0f}" '
-        f'viewBox="{left:.1f} {-_GAP} {right - left:.1f} {bottom + _GAP:.1f}" font-family="monospace" font-size="12">',
-        f'<rect x="{left:.1f}" y="{-_GAP}" width="100%" height="100%" fill="white"/>',
-        *edges, *drawn, "</svg>\n",
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="{left:.1f} {top:g} {width:.1f} {height:.1f}" font-family="monospace" font-size="12">',
+        f'<rect x="{left:.1f}" y="{top:g}" width="100%" height="100%" fill="white"/>',
+        *drawn, "</svg>\n",
     ))  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from .hybrid_attention import block_attention, hybrid_attention, hybrid_attention_step
 from .kernel_attention import kernel_attention, kernel_attention_step
 from .landmark_attention import linformer_attention, nystrom_attention
+from .pooling import ponet_attention, poolformer_attention
 from .subset_attention import hyper_attention, top_attention, window_attention
 
 
@@ -185,6 +186,11 @@ def heads_last(query: Tensor, key: Tensor, value: Tensor, *others: Any, **option
     return query.new_empty(batch, n, heads, value.shape[-1]).transpose(1, 2)
 
 
+def value_heads_last(value: Tensor, *others: Any, **options: Any) -> Tensor:
+    """``heads_last`` of what reads values alone."""
+    return heads_last(value, value, value)
+
+
 def _apart(x: Tensor, heads: int) -> Tensor:
     """[batch, t, heads * d] → [batch, heads, t, d]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)
@@ -325,6 +331,18 @@ SEMANTIC = (
         "-> Tensor",
         linformer_attention,
         heads_last,
+    ),
+    Semantic(
+        "ponet_attention.v1(Tensor query, Tensor key, Tensor gate, Tensor segment, Tensor local, Tensor? keep, int segments, "
+        "int window=3) -> Tensor",
+        ponet_attention,
+        heads_last,
+    ),
+    Semantic(
+        "poolformer_attention.v1(Tensor value, Tensor? keep, int size=3, int[] grid=[], int prefix=0, "
+        "bool causal=False) -> Tensor",
+        poolformer_attention,
+        value_heads_last,
     ),
 )
 """Every op of the namespace ``tautomer``."""

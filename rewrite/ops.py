@@ -133,6 +133,8 @@ TABLE = (
     Op("hyper_attention", tautomer.hyper_attention.v1),
     Op("nystrom_attention", tautomer.nystrom_attention.v1),
     Op("linformer_attention", tautomer.linformer_attention.v1),
+    Op("ponet_attention", tautomer.ponet_attention.v1),
+    Op("poolformer_attention", tautomer.poolformer_attention.v1),
 )
 OPS = {entry.name: entry for entry in TABLE}
 CONVOLUTIONS = (

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from .attention_report import AttentionReport
 from .calibration import Data
 from .claims import Claim
 from .memory_plan import MemoryPlan
@@ -144,8 +145,12 @@ class Miss:
 class Log:
     """What happened, in order.
 
-    ``misses`` has the nearest miss of each rule that found nothing, if something looked like it; ``kept`` is what the backward of
-    the captured program keeps, in bytes, and ``plan`` what was chosen, if there is a budget of memory.
+    Attributes:
+        misses: the nearest miss of each rule that found nothing, if something looked like it.
+        kept: what the backward of the captured program keeps, in bytes, and ``plan`` what was chosen, if there is a budget of
+            memory.
+        estimates: errors, predicted and measured.
+        attentions: what each rewrite that replaces attentions made of them.
     """
 
     applications: list[Application] = field(default_factory=list)
@@ -155,6 +160,7 @@ class Log:
     kept: int | None = None
     plan: MemoryPlan | None = None
     estimates: list[Estimate] = field(default_factory=list)
+    attentions: list[AttentionReport] = field(default_factory=list)
     _refused: set[Refusal] = field(default_factory=set, repr=False, compare=False)
 
     def refuse(self, refusal: Refusal) -> None:

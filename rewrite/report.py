@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from .attention_report import TRAIN, AttentionReport
 from .claims import ARCHITECTURE
 from .evidence import Evidence
 from .memory_plan import MemoryPlan
@@ -100,6 +101,11 @@ class Report:
     def estimates(self) -> tuple[Estimate, ...]:
         return tuple(self.log.estimates)
 
+    @property
+    def attentions(self) -> tuple[AttentionReport, ...]:
+        """What each rewrite that replaces attentions made of them; ``tautomer.draw(report, path)`` draws it."""
+        return tuple(self.log.attentions)
+
     def fired(self, rewrite: str) -> int:
         """How many times a rewrite fired."""
         return sum(application.rewrite == rewrite for application in self.log.applications)
@@ -119,7 +125,8 @@ class Report:
         if self.notes:
             yield Group(*(Text(f"  {_where(note)}: {note.text}") for note in self.notes))
         yield from map(self._estimated, dict.fromkeys(estimate.what for estimate in self.estimates))
-        if self.refusals or self.log.misses:
+        yield from self.attentions
+        if self._other_refusals() or self.log.misses:
             yield self._refused()
         yield Group(*map(Text, self._measured()))
 
@@ -148,11 +155,16 @@ class Report:
 
     def _refused(self) -> Table:
         table = Table("did not fire", "times", "why", box=None, pad_edge=True)
-        for (name, reason), count in Counter((r.rewrite, r.reason.partition("\n")[0]) for r in self.refusals).items():
+        for (name, reason), count in Counter((r.rewrite, r.reason.partition("\n")[0]) for r in self._other_refusals()).items():
             table.add_row(name, str(count), Text(reason))  # a shape in brackets is no markup
         for miss in self.log.misses:
             table.add_row(miss.rule, "–", Text(f"nearest miss: {miss.sentence}"))
         return table
+
+    def _other_refusals(self) -> list[Refusal]:
+        """Those that are not told place by place."""
+        told = {place.id for attentions in self.attentions for place in attentions.places}
+        return [refusal for refusal in self.refusals if refusal.id not in told]
 
     def _measured(self) -> list[str]:
         lines = [
@@ -161,7 +173,7 @@ class Report:
         ]
         lines += [f"  {name}: {gain.note}" for name, gain in self.gains.items() if gain.pays and self.fired(name)]
         if self.evidence is not None:
-            lines += _answered_for(self.evidence)
+            lines += _answered_for(self.evidence, {found.method for found in self.attentions})
         elif self.log.applications:
             lines.append("  NOT CHECKED (check=False)")
         if self.timing is not None:
@@ -173,15 +185,15 @@ class Report:
         return lines
 
 
-def _answered_for(evidence: Evidence) -> list[str]:
+def _answered_for(evidence: Evidence, told: set[str]) -> list[str]:
     """What was checked of the rewrites that claim equality, what was measured of those that do not."""
     lines = [f"  checked: {evidence}"] if evidence.sizes else []
     lines += [f"  not checked: {note}" for note in evidence.notes]
     lines += [f"  {difference}" for difference in evidence.differences]
     if evidence.moved is not None and len(evidence.differences) > 1:
         lines.append(f"  in all: outputs differ from the original's by {evidence.moved:.1e} (relative)")
-    if any(difference.claim == ARCHITECTURE.name for difference in evidence.differences):
-        lines.append("  this is another function than the model was: train it before it is used")
+    if any(d.claim == ARCHITECTURE.name and d.rewrite not in told for d in evidence.differences):
+        lines.append(f"  {TRAIN}")
     return lines
 
 

@@ -27,6 +27,7 @@ from tautomer.backends.to_python import to_python as write_python
 from tautomer.backends.to_torch import as_run, to_torch
 from tautomer.passes.recipes import FOLD, PASSES, RECIPES, Finetune, Recipe
 from tautomer.rewrite._torch import pytree
+from tautomer.rewrite.attention_drawing import draw_attentions
 from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.capture import capture as capture_module
 from tautomer.rewrite.capture import capture_parts
@@ -464,7 +465,7 @@ def bench(
 
 
 def draw(
-    model: Model,
+    model: Model | Report,
     path: str | os.PathLike[str],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -473,19 +474,26 @@ def draw(
 ) -> Path:
     """Draw a model in layers, as an SVG file: repeated blocks in one box, what was rewritten with a thick border.
 
+    A report of a run that replaced attentions is drawn as a bar per attention, as long as that is off.
+
     Args:
-        model: a module with an example call, a rewritten module or a program.
+        model: a module with an example call, a rewritten module or a program; or ``fast.report``.
         path: the file.
         at: only below this module path, call by call.
 
     Raises:
-        UsageError: the path cannot be written, or no call is below ``at``; see ``capture`` for the rest.
+        UsageError: the path cannot be written, no call is below ``at``, or the report says nothing of attentions; see ``capture``
+            for the rest.
 
     Example: ``draw(fast, "block.svg", at="transformer.h.0")``
     """
-    rewritten = model.program if isinstance(model, Rewritten) else None
-    program = rewritten if rewritten is not None else capture(model, args, kwargs)
-    drawing, file = draw_program(program, at), writable(path, "model.svg")
+    if isinstance(model, Report):
+        drawing = draw_attentions(model.attentions)
+    else:
+        rewritten = model.program if isinstance(model, Rewritten) else None
+        program = rewritten if rewritten is not None else capture(model, args, kwargs)
+        drawing = draw_program(program, at)
+    file = writable(path, "model.svg")
     with staged(file.parent, path) as beside:
         (beside / file.name).write_text(drawing, encoding="utf-8")
     return Path(path)

@@ -14,11 +14,12 @@ from typing import TypeVar
 
 from torch import nn
 
+from tautomer.rewrite.attention_report import Place
 from tautomer.rewrite.evidence import Evidence
 from tautomer.rewrite.pass_base import Application, Estimate, Log, Note, Refusal
 from tautomer.rewrite.report import Report, Size
 
-Entry = TypeVar("Entry", Application, Refusal, Note, Estimate)
+Entry = TypeVar("Entry", Application, Refusal, Note, Estimate, Place)
 
 
 def assemble(model: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -49,6 +50,8 @@ def merge(model: str, target: str, reports: Mapping[str, Report]) -> Report:
             log.refuse(_placed(refusal, path))
         log.notes += [_placed(entry, path) for entry in report.log.notes]
         log.estimates += [_placed(entry, path) for entry in report.log.estimates]
+        told = report.attentions
+        log.attentions += [replace(x, places=tuple(_placed(place, path) for place in x.places)) for x in told]
     captured = (
         f"captured in parts: {', '.join(reports) if any(reports) else 'the whole'}; the rest runs as the user wrote it",
         *(f"{path}: {note}" for path, report in reports.items() for note in report.captured),

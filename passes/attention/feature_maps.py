@@ -37,6 +37,7 @@ class Heads:
         scale: s.
         spread: the standard deviation of queries and of keys per head, ``[heads]``, over the data; None without data.
         top: the largest entry of the keys per head.
+        length: the mean norm of queries and of keys per head.
     """
 
     heads: int
@@ -44,6 +45,7 @@ class Heads:
     scale: float
     spread: Mapping[Side, Tensor] | None = None
     top: Tensor | None = None
+    length: Mapping[Side, Tensor] | None = None
 
 
 class FeatureMap(ABC):

@@ -12,8 +12,7 @@ arXiv:2503.01496 (Liger).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,25 +23,21 @@ from tautomer.rewrite.claims import ARCHITECTURE
 from tautomer.rewrite.emit import GraphOps
 from tautomer.rewrite.errors import UsageError, require
 from tautomer.rewrite.ops import OPS
-from tautomer.rewrite.pass_base import Context
-from tautomer.rewrite.program import Program
 from tautomer.rewrite.rules import shape
 
 from .learned_attention import kept
-from .substitute_attention import SubstituteAttention
+from .untrained_attention import UntrainedAttention
 
 aten = torch.ops.aten
-UNTRAINED = "it gives another function, and has nothing to learn beforehand: architecture=True, for a model that will be trained"
 
 
 @dataclass(frozen=True, eq=False)
-class GatedAttention(SubstituteAttention):
+class GatedAttention(UntrainedAttention):
     """Attention → gated linear attention and a window, half and half; see the module.
 
     Attributes:
         window: w.
         chunk: positions to a chunk of the recurrence.
-        architecture: the model will be trained; otherwise every attention is refused.
     """
 
     claim = ARCHITECTURE("a gated recurrence and a window stand for attention")
@@ -50,8 +45,6 @@ class GatedAttention(SubstituteAttention):
     represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
     window: int = 64
     chunk: int = 16
-    _: KW_ONLY
-    architecture: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.chunk < 1:
@@ -60,13 +53,6 @@ class GatedAttention(SubstituteAttention):
     def check(self, site: AttentionSite) -> None:
         super().check(site)
         require(site.causal, "it is not causal, and a recurrence runs one way")
-
-    def measure(self, program: Program, sites: Sequence[AttentionSite], context: Context) -> Mapping[fx.Node, Any]:
-        if self.architecture:
-            return super().measure(program, sites, context)
-        for site in sites:
-            context.refused(self, site.node, UNTRAINED)
-        return {}
 
     def emit(self, op: GraphOps, site: AttentionSite, fact: Any) -> Any:
         q, k = unturned(site.query), unturned(site.key)

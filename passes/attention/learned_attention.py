@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from tautomer.rewrite.attention_report import Learning
 from tautomer.rewrite.attentions import AttentionSite, Masking, Part
 from tautomer.rewrite.axes import rank
 from tautomer.rewrite.calibration import Data
@@ -28,18 +29,29 @@ from tautomer.rewrite.rules import dtype
 
 from .feature_maps import FeatureMap, Heads, Side
 from .substitute_attention import SubstituteAttention, weight_name
-from .transfer import Student, Transfer, errors, transfer
+from .transfer import Effort, Student, Transfer, errors, transfer
 
 aten = torch.ops.aten
 UNTRAINED = (
     "it must learn what attention gave: pass data=[…] to optimize, an iterable of example calls. architecture=True puts it there "
-    "untrained, for a model that will be trained: as it stands, even with a window it is worse than its own window alone"
+    "untrained, for a model that will be trained: as it stands, {stands}"
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What stands at a site: its weights by name, and how they were learnt."""
+
+    weights: dict[str, Tensor]
+    learning: Learning | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedAttention(SubstituteAttention):
     """Attention → a form that learns; see the module.
+
+    Class attributes:
+        stands: what it is worth before it has learnt, for a refusal.
 
     Attributes:
         transfer: how it learns.
@@ -48,6 +60,7 @@ class LearnedAttention(SubstituteAttention):
     """
 
     represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    stands: ClassVar[str] = "even with a window it is worse than its own window alone"
     _: KW_ONLY
     transfer: Transfer = field(default_factory=Transfer)
     architecture: bool = False
@@ -61,54 +74,61 @@ class LearnedAttention(SubstituteAttention):
             Refused: they need data, or there are none for these heads.
         """
 
-    @abstractmethod
     def trains(self, name: str) -> bool:
-        """Whether a weight is trained."""
+        """Whether a weight is trained; by default all are."""
+        return True
 
     @property
-    @abstractmethod
     def measured(self) -> bool:
-        """Whether the weights start from statistics of queries and keys."""
+        """Whether the weights start from statistics of queries and keys; by default they do not."""
+        return False
 
     @abstractmethod
     def core(self, op: Ops, site: AttentionSite, weights: Mapping[str, Operand]) -> Operand:
         """The new form, over nodes of the graph or over tensors."""
 
-    def emit(self, op: GraphOps, site: AttentionSite, fact: Mapping[str, Tensor]) -> Any:
-        new = {name: value.to(op.dtype(site.query) if self.trains(name) else torch.float32) for name, value in fact.items()}
+    def emit(self, op: GraphOps, site: AttentionSite, fact: Trained) -> Any:
+        new = {
+            name: value.to(op.dtype(site.query) if self.trains(name) else torch.float32) for name, value in fact.weights.items()
+        }
         named = {name: op.tensor(weight_name(site, name), x, site.query, self.trains(name)) for name, x in new.items()}
         return self.core(op, site, named)
 
-    def measure(self, program: Program, sites: Sequence[AttentionSite], context: Context) -> dict[fx.Node, dict[str, Tensor]]:
+    def measure(self, program: Program, sites: Sequence[AttentionSite], context: Context) -> dict[fx.Node, Trained]:
         if context.data is None and not self.architecture:
             for site in sites:
-                context.refused(self, site.node, UNTRAINED)
+                context.refused(self, site.node, UNTRAINED.format(stands=self.stands))
             return {}
         spreads = spread(sites, program, context.data) if context.data is not None and self.measured else {}
         draw = torch.Generator().manual_seed(self.seed)
         found = dict[fx.Node, dict[str, Tensor]]()
         for site in sites:
             try:
-                found[site.node] = self.initial(heads_of(site, spreads.get(site.node)), draw)
+                found[site.node] = self.initial(spreads.get(site.node) or Heads(site.heads, site.width, site.scale), draw)
             except Refused as refusal:
                 context.refused(self, site.node, str(refusal))
-        return found if context.data is None else self.learn([x for x in sites if x.node in found], found, program, context)
+        if context.data is None:
+            return {node: Trained(weights) for node, weights in found.items()}
+        return self.learn([x for x in sites if x.node in found], found, program, context)
+
+    def learnt(self, fact: Trained) -> Learning | None:
+        return fact.learning
 
     def learn(
         self, sites: Sequence[AttentionSite], weights: Mapping[fx.Node, dict[str, Tensor]], program: Program, context: Context
-    ) -> dict[fx.Node, dict[str, Tensor]]:
-        """The weights after the transfer."""
+    ) -> dict[fx.Node, Trained]:
+        """The weights after the transfer, each as it started where it did not learn."""
         assert context.data is not None
         students = [self.student(site, weights[site.node]) for site in sites]
-        before = errors(students, program, context.data)
-        if any(student.weights for student in students):
-            transfer(students, program, context.data, self.transfer)
-        kept = dict[fx.Node, dict[str, Tensor]]()
-        for site, student, first, last in zip(sites, students, before, errors(students, program, context.data), strict=True):
-            told = f"its output was off by {first:.3f} on calls that are held out, and is by {last:.3f} after the transfer"
-            context.noted(self, site.node, told)
-            kept[site.node] = {**weights[site.node], **student.weights}
-        return kept
+        before, trains = errors(students, program, context.data), any(student.weights for student in students)
+        efforts = transfer(students, program, context.data, self.transfer) if trains else [Effort(0, False)] * len(students)
+        after = errors(students, program, context.data) if trains else before
+        made, starts = dict[fx.Node, Trained](), trains or self.measured
+        for site, student, effort, first, last in zip(sites, students, efforts, before, after, strict=True):
+            kept = not trains or last < first  # nan is no progress
+            learning = Learning(effort.steps, first, last if kept else first, effort.stopped, kept) if starts else None
+            made[site.node] = Trained({**weights[site.node], **(student.weights if kept else {})}, learning)
+        return made
 
     def student(self, site: AttentionSite, weights: Mapping[str, Tensor]) -> Student:
         wide = torch.promote_types(dtype(site.query), torch.float32)
@@ -122,14 +142,10 @@ class LearnedAttention(SubstituteAttention):
             y: Tensor = self.core(TorchOps(), valued(site, values), {**fixed, **trained})
             return y
 
-        operands = (site.query, site.key, site.value, *(part.node for part in site.padding))
+        whole = (site.mask,) if Masking.OTHER in self.represents and site.mask is not None else ()
+        operands = (site.query, site.key, site.value, *(part.node for part in site.padding), *whole)
         trained = {name: x.to(wide) for name, x in weights.items() if name not in fixed}
         return Student(identify(self, site.node), tuple(dict.fromkeys(operands)), site.node, run, trained, counts)
-
-
-def heads_of(site: AttentionSite, seen: tuple[dict[Side, Tensor], Tensor] | None) -> Heads:
-    """What a map is made for; ``seen`` as of ``spread``."""
-    return Heads(site.heads, site.width, site.scale, *(seen or (None, None)))
 
 
 def valued(site: AttentionSite, values: Mapping[fx.Node, Tensor]) -> AttentionSite:
@@ -138,7 +154,9 @@ def valued(site: AttentionSite, values: Mapping[fx.Node, Tensor]) -> AttentionSi
         x.to(torch.promote_types(x.dtype, torch.float32)) for x in map(values.__getitem__, (site.query, site.key, site.value))
     )
     padding = tuple(Part(values[part.node], part.keeps) for part in site.padding)  # type: ignore[arg-type]
-    return replace(site, query=q, key=k, value=v, padding=padding)  # type: ignore[arg-type]
+    mask = values.get(site.mask) if site.mask is not None else None
+    mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
+    return replace(site, query=q, key=k, value=v, padding=padding, mask=mask)  # type: ignore[arg-type]
 
 
 def keys_for_queries(op: Ops, site: AttentionSite) -> Operand:
@@ -166,14 +184,14 @@ def map_weights(phi: FeatureMap, given: Heads, draw: torch.Generator) -> dict[st
     return {f"{side}_map.{name}": x for side in sides for name, x in phi.initial(given, side, draw).items()}
 
 
-def spread(sites: Sequence[AttentionSite], program: Program, data: Data) -> dict[fx.Node, tuple[dict[Side, Tensor], Tensor]]:
-    """The standard deviation of queries and keys per head of the queries, and the largest entry of the keys, over all calls."""
+def spread(sites: Sequence[AttentionSite], program: Program, data: Data) -> dict[fx.Node, Heads]:
+    """What feature maps ask of queries and keys, over all calls."""
     wanted = {site.query for site in sites} | {site.key for site in sites}
     sums, tops = dict[fx.Node, Tensor](), dict[fx.Node, Tensor]()
 
     def see(node: fx.Node, value: Tensor) -> None:
         x = value.double()
-        one = torch.stack([torch.ones_like(x), x, x.square()]).sum((1, 3, 4))
+        one = torch.stack([*torch.stack([torch.ones_like(x), x, x.square()]).sum((1, 3, 4)), x.norm(dim=-1).sum((0, 2))])
         sums[node] = sums[node] + one if node in sums else one
         top = x.amax((0, 2, 3))
         tops[node] = torch.maximum(tops[node], top) if node in tops else top
@@ -181,14 +199,19 @@ def spread(sites: Sequence[AttentionSite], program: Program, data: Data) -> dict
     data.watch(program, wanted, see)
 
     def deviation(node: fx.Node) -> Tensor:
-        count, total, squares = sums[node]
+        count, total, squares, _ = sums[node]
         variance: Tensor = squares / count - (total / count).square()
         return variance.clamp_min(0).sqrt()
 
-    return {
-        site.node: (
-            {"query": deviation(site.query), "key": deviation(site.key).repeat_interleave(site.groups)},
-            tops[site.key].repeat_interleave(site.groups),
-        )
-        for site in sites
-    }
+    def length(node: fx.Node, width: int) -> Tensor:
+        count, *_, norms = sums[node]
+        found: Tensor = norms * width / count
+        return found
+
+    def of(site: AttentionSite) -> Heads:
+        q, k, d, groups = site.query, site.key, site.width, site.groups
+        spread = {"query": deviation(q), "key": deviation(k).repeat_interleave(groups)}
+        lengths = {"query": length(q, d), "key": length(k, d).repeat_interleave(groups)}
+        return Heads(site.heads, d, site.scale, spread, tops[k].repeat_interleave(groups), lengths)  # type: ignore[arg-type]
+
+    return {site.node: of(site) for site in sites}

@@ -3,31 +3,34 @@
     softmax(q kᵀ) v  →  softmax(q (Eᵀ k)ᵀ + log c) (Fᵀ v)          E, F: [longest, slots], parameters
 
 8 n k d operations instead of 4 n² d with k slots, 2 k · longest parameters more. E and F begin as means over segments, c
-positions in each: exact where keys and values are constant in segments, and far off elsewhere. The model must be trained, and
-never sees more than ``longest`` positions.
+positions in each: exact where keys and values are constant in segments, and far off elsewhere. They learn by attention transfer
+what attention gave; the model must be trained on, and never sees more than ``longest`` positions.
 
 arXiv:2006.04768 (Linformer), one E and one F for all heads of a layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import ARCHITECTURE
-from tautomer.rewrite.emit import GraphOps
 from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.ops import Operand, Ops
 from tautomer.rewrite.rules import dtype, shape
 from tautomer.rewrite.shapes import static
 
-from .substitute_attention import SubstituteAttention, weight_name
+from .feature_maps import Heads
+from .learned_attention import LearnedAttention
 
 
 @dataclass(frozen=True, eq=False)
-class LinformerAttention(SubstituteAttention):
+class LinformerAttention(LearnedAttention):
     """Attention → attention to slots; see the module.
 
     Attributes:
@@ -38,6 +41,7 @@ class LinformerAttention(SubstituteAttention):
     claim = ARCHITECTURE("a position sees combinations of keys that depend on where they stand")
     paper = "arXiv:2006.04768"
     represents: ClassVar[Masking] = Masking.PADDING
+    stands: ClassVar[str] = "its slots are means of segments"
     slots: int = 64
     longest: int = 512
 
@@ -52,10 +56,13 @@ class LinformerAttention(SubstituteAttention):
         boolean = all(dtype(part.node) is torch.bool for part in site.padding)
         require(boolean, "padding is added to its scores as numbers, for which slots have no place: make the mask boolean")
 
-    def emit(self, op: GraphOps, site: AttentionSite, fact: Any) -> Any:
+    def initial(self, given: Heads, draw: torch.Generator) -> dict[str, Tensor]:
         segments = torch.arange(self.longest)[:, None] * self.slots // self.longest == torch.arange(self.slots)
-        new = (op.tensor(weight_name(site, name), segments.to(dtype(site.key)), site.key, trains=True) for name in "EF")
-        return op.linformer_attention(site.query, site.key, site.value, *new, site.keys_kept(op), site.scale)
+        return {name: segments.float() for name in "EF"}
+
+    def core(self, op: Ops, site: AttentionSite, weights: Mapping[str, Operand]) -> Operand:
+        heads = (site.query, site.key, site.value, weights["E"], weights["F"])
+        return op.linformer_attention(*heads, site.keys_kept(op), site.scale)
 
     def flops(self, site: AttentionSite, n: int) -> float:
         return 4.0 * n * self.slots * (site.width + int(shape(site.value)[-1]))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from tautomer.rewrite.attention_report import AttentionReport, Learning, Place
 from tautomer.rewrite.attentions import AttentionSite, Masking, attentions, kept, site_of
 from tautomer.rewrite.beside import Twins, beside, relative
 from tautomer.rewrite.calibration import Data
@@ -25,12 +26,15 @@ from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
 from tautomer.rewrite.masks import Masks
-from tautomer.rewrite.pass_base import Context, Pass
-from tautomer.rewrite.program import Program, path_of
+from tautomer.rewrite.pass_base import Context, Pass, identify
+from tautomer.rewrite.program import Program, path_of, source_of
 from tautomer.rewrite.rules import shape
 from tautomer.rewrite.shapes import product
 
+from .layer_budget import Chosen, choose
+
 NO_DATA = "it is measured on example calls: pass data=[…] to optimize"
+_LEFT = "it is left alone, as layers=, only=, skip= or fuel= ask"
 LONG = 4096
 """The length at which the note of an application counts operations."""
 _LENGTHS = [2**i for i in range(1, 21)]
@@ -40,8 +44,8 @@ _LENGTHS = [2**i for i in range(1, 21)]
 class SubstituteAttention(Pass):
     """An attention → another form of it; see the module.
 
-    With ``data``, the note of each application has the error of its output there, on the inputs of the original, and the report
-    how far the outputs of the model moved.
+    With ``data``, the report (``fast.report.attentions``) has the error of every new output there, on the inputs of the original,
+    and how far the outputs of the model moved.
 
     Class attributes:
         represents: what of a mask the method has a place for.
@@ -50,7 +54,7 @@ class SubstituteAttention(Pass):
     Attributes:
         layers: which attentions, by their number in the program (the last is -1) or by module path; None is all.
         budget: the divergence of the model's outputs (KL of its logits, or their relative error if it has none) that may not be
-            exceeded on ``data``: where it would be, attentions stay as they are. None is no limit.
+            exceeded on ``data``: where it would be, attentions stay as they are (layer_budget.py). None is no limit.
     """
 
     represents: ClassVar[Masking] = Masking(0)
@@ -60,34 +64,52 @@ class SubstituteAttention(Pass):
     budget: float | None = None
 
     def run(self, program: Program, context: Context) -> None:
+        found = [Place(identify(self, node), False, source=source_of(node)) for node in attentions(program)]
         sites = self.sites(program, context)
         facts = self.measure(program, sites, context) if sites else {}
         sites, data = [site for site in sites if site.node in facts], context.data
         if data is None and self.budget is not None:
             for site in sites:
                 context.refused(self, site.node, f"how far the outputs move is not known: {NO_DATA}")
-            return
-        errors: Mapping[fx.Node, float] = {}
-        if data is not None and sites:
+            sites = []
+        known = {identify(self, site.node): {"learning": self.learnt(facts[site.node])} for site in sites}
+        errors, chosen, moved = dict[fx.Node, float](), None, None
+        if data is None or not sites:
+            made = self.put(program, sites, facts, errors, context)
+        else:
             original, errors = program.copy(), self.errors(program, sites, facts, data)
-            sites = self.within_budget(program, sites, facts, context)
-        editor = Editor(program)
+            chosen = self.within_budget(program, sites, facts, context)
+            for site in sites:
+                alone = chosen.alone[site] if chosen else None
+                known[identify(self, site.node)] |= {"error": errors[site.node], "alone": alone}
+            made = self.put(program, chosen.items if chosen else sites, facts, errors, context)
+            moved = divergence(original, program, data) if made else None
+        reasons = {refusal.id: refusal.reason for refusal in context.log.refusals if refusal.rewrite == self.name}
+        told = {place.id: "" if place.id in made else reasons.get(place.id, _LEFT) for place in found}
+        places = tuple(replace(x, replaced=x.id in made, reason=told[x.id], **known.get(x.id, {})) for x in found)
+        selection = chosen.selection if chosen else None
+        context.log.attentions.append(AttentionReport(self.name, self.claim.name, places, moved, selection))
+
+    def put(
+        self, program: Program, sites: Sequence[AttentionSite], facts: Mapping[fx.Node, Any], errors: Mapping[fx.Node, float],
+        context: Context,
+    ) -> set[str]:  # fmt: skip
+        """Put the new form at all sites; the ids of those where it stands."""
+        editor, made = Editor(program), set[str]()
         for site in sites:
             emit = lambda op, site=site: [op.node(self.emit(op, site, facts[site.node]))]  # noqa: E731
             note = lambda op, site=site: self.note(op, site, errors.get(site.node))  # noqa: E731
+            name = identify(self, site.node)
             try:
                 substitute(self, [site.node], emit, editor, context, note=note)
+                made.add(name)
             except Refused as refusal:
                 context.refused(self, site.node, str(refusal))
-        if data is not None and sites:
-            moved = divergence(original, program, data)
-            context.noted(
-                self, sites[0].node, f"{len(sites)} attentions replaced, on data: {Reading(program).what} of {moved:.2e}"
-            )
+        return made
 
     def errors(
         self, program: Program, sites: Sequence[AttentionSite], facts: Mapping[fx.Node, Any], data: Data
-    ) -> Mapping[fx.Node, float]:
+    ) -> dict[fx.Node, float]:
         """The relative error of every new output on ``data`` where queries are no padding, on the inputs of the original."""
         found, at = {site.node: torch.zeros(2, dtype=torch.float64) for site in sites}, {site.node: site for site in sites}
 
@@ -108,10 +130,10 @@ class SubstituteAttention(Pass):
 
     def within_budget(
         self, program: Program, sites: Sequence[AttentionSite], facts: Mapping[fx.Node, Any], context: Context
-    ) -> list[AttentionSite]:
-        """The sites that together stay within the budget, taken in the order of what each does alone."""
+    ) -> Chosen[AttentionSite] | None:
+        """The sites that together stay within the budget; None without one."""
         if self.budget is None or context.data is None:
-            return list(sites)
+            return None
 
         def moved(chosen: Sequence[AttentionSite]) -> float:
             at = {site.node: site for site in chosen}
@@ -119,18 +141,17 @@ class SubstituteAttention(Pass):
             made = beside(program, list(at), emit)
             for place, (new,) in made.made.items():
                 made.twins[place].replace_all_uses_with(new)  # type: ignore[arg-type]
-            return divergence(program, made.program, context.data)  # type: ignore[arg-type]
+            return divergence(program, made.program, context.data).mean  # type: ignore[arg-type]
 
-        alone = {site.node: moved([site]) for site in sites}
-        chosen = list[AttentionSite]()
-        for site in sorted(sites, key=lambda site: alone[site.node]):
-            together = moved([*chosen, site]) if chosen else alone[site.node]
-            if together <= self.budget:
-                chosen.append(site)
-            else:
-                said = f"with it the {Reading(program).what} on data is {together:.2e}, more than the budget of {self.budget:.2e}"
-                context.refused(self, site.node, f"{said} (alone: {alone[site.node]:.2e})")
-        return [site for site in sites if site in chosen]
+        saved = {site: max(1.0, site.heads * (_softmax(site, LONG) - self.flops(site, LONG))) for site in sites}
+        chosen, what = choose(saved, self.budget, moved), Reading(program).what
+        for site, value in chosen.refused.items():
+            alone = chosen.alone[site]
+            over = f"more than the budget of {self.budget:.2e}"
+            alone_it = f"alone it moves the {what} on data by {alone:.2e}, {over}"
+            with_it = f"with it the {what} on data is {value:.2e}, {over} (alone: {alone:.2e})"
+            context.refused(self, site.node, with_it if value != alone else alone_it)
+        return chosen
 
     def sites(self, program: Program, context: Context) -> list[AttentionSite]:
         """Where the method may stand: chosen, admitted and represented."""
@@ -160,6 +181,10 @@ class SubstituteAttention(Pass):
         """What the method must know of each site, by node, before any is rewritten; a site left out stays (say why)."""
         return {site.node: None for site in sites}
 
+    def learnt(self, fact: Any) -> Learning | None:
+        """How the form with this fact learnt; None if it did not."""
+        return None
+
     @abstractmethod
     def emit(self, op: GraphOps, site: AttentionSite, fact: Any) -> Any:
         """The new form: a value of the attention's shape and dtype."""
@@ -171,7 +196,7 @@ class SubstituteAttention(Pass):
     def note(self, op: GraphOps, site: AttentionSite, error: float | None = None) -> str:
         """What the substitution changes, for the report."""
         made = sum(int(product(weight.meta.shape)) for name in op.staged if (weight := op.program.weights[name]).requires_grad)
-        share = {n: self.flops(site, n) / (2 * n * n * (site.width + int(shape(site.value)[-1]))) for n in _LENGTHS}
+        share = {n: self.flops(site, n) / _softmax(site, n) for n in _LENGTHS}
         fewer = next((n for n in _LENGTHS if share[n] < 1), None)
         told = [f"{share[LONG]:.2g} of its operations at {LONG} positions"]
         told += [f"fewer from {fewer} on" if fewer else "never fewer"] + ([f"{made} parameters more"] if made else [])
@@ -200,6 +225,11 @@ _BEYOND = {
     Masking.PADDING: "some keys are padding, for which {name} has no place",
     Masking.BIAS: "a bias of positions is added to its scores, for which {name} has no place",
 }
+
+
+def _softmax(site: AttentionSite, n: int) -> float:
+    """The operations of attention itself per head at n positions."""
+    return 2.0 * n * n * (site.width + int(shape(site.value)[-1]))
 
 
 def weight_name(site: AttentionSite, name: str) -> str:

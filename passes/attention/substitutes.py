@@ -11,6 +11,9 @@ from .kernel_attention import KernelAttention
 from .linformer_attention import LinformerAttention
 from .loki_attention import LokiAttention
 from .nystrom_attention import NystromAttention
+from .ponet_attention import PonetAttention
+from .poolformer_attention import PoolformerAttention
+from .qknorm_attention import QknormAttention
 from .substitute_attention import SubstituteAttention
 from .window_attention import WindowAttention, WindowMask
 
@@ -24,4 +27,7 @@ METHODS: Mapping[str, type[SubstituteAttention]] = {
     "kernel": KernelAttention,
     "hybrid": HybridAttention,
     "gated": GatedAttention,
+    "ponet": PonetAttention,
+    "poolformer": PoolformerAttention,
+    "qknorm": QknormAttention,
 }

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -79,6 +79,13 @@ class Student:
         return torch.stack([off.square().sum(), wanted.square().sum()])
 
 
+class Effort(NamedTuple):
+    """What a transfer took: the steps of one student, and whether it stopped because it no longer improved."""
+
+    steps: int
+    stopped: bool
+
+
 def errors(students: Sequence[Student], program: Program, data: Data) -> list[float]:
     """The relative error of every student's output on the calls that are held out, ‖y' - y‖ / ‖y‖ over all of them."""
     sums = torch.zeros(len(students), 2, dtype=torch.float64)
@@ -92,13 +99,15 @@ def errors(students: Sequence[Student], program: Program, data: Data) -> list[fl
     return found
 
 
-def transfer(students: Sequence[Student], program: Program, data: Data, plan: Transfer) -> None:
+def transfer(students: Sequence[Student], program: Program, data: Data, plan: Transfer) -> list[Effort]:
     """Train the weights of all students, in place; the same data give the same weights, interrupted or not.
+
+    ``data.tell`` is told every step.
 
     Raises:
         UsageError: the data hold one call alone, or can be read only once; the file is of other students.
     """
-    training = _Training(students, plan)
+    training = _Training(students, plan, data.tell)
     training.load()
     while training.goes_on():
         before = training.step, training.behind
@@ -108,6 +117,7 @@ def transfer(students: Sequence[Student], program: Program, data: Data, plan: Tr
     training.save()
     for pupil in training.pupils:
         pupil.student.weights.update({name: x.detach() for name, x in pupil.weights.items()})
+    return [Effort(pupil.steps, pupil.finished) for pupil in training.pupils]
 
 
 def watch(
@@ -119,13 +129,14 @@ def watch(
     waiting = sorted(range(len(students)), key=lambda index: position[students[index].output])
     last = {node: index for index in waiting for node in (*students[index].operands, students[index].output)}
     at = {students[index].output: index for index in waiting}
-    values: dict[fx.Node, Tensor] = {}
+    fixed = {node: program.weights.value(str(node.target)) for node in last if node.op == "get_attr"}
+    values: dict[fx.Node, Tensor] = dict(fixed)
 
     def observe(node: fx.Node, value: Tensor) -> None:
         values[node] = value.detach()
         if node in at:
             see(at[node], values)
-            for known in [known for known in values if last[known] == at[node]]:
+            for known in [known for known in values if last[known] == at[node] and known not in fixed]:
                 del values[known]
 
     data.watch(program, list(last), observe, only)
@@ -135,7 +146,7 @@ class _Pupil:
     """A student, its optimizer and how it gets on."""
 
     def __init__(self, student: Student, plan: Transfer) -> None:
-        self.student, self.losses = student, list[float]()
+        self.student, self.losses, self.steps = student, list[float](), 0
         self.weights = {name: x.detach().clone().requires_grad_() for name, x in student.weights.items()}
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=plan.rate, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -153,6 +164,7 @@ class _Pupil:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.steps += 1
         self.losses.append(float(loss.detach()))
         if len(self.losses) == READING:
             self.schedule.step(sum(self.losses) / READING)
@@ -165,6 +177,7 @@ class _Pupil:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "losses": list(self.losses),
+            "steps": self.steps,
         }
 
     @torch.no_grad()
@@ -173,14 +186,14 @@ class _Pupil:
             x.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.losses = list(state["losses"])
+        self.losses, self.steps = list(state["losses"]), state["steps"]
 
 
 class _Training:
     """All pupils, step by step."""
 
-    def __init__(self, students: Sequence[Student], plan: Transfer) -> None:
-        self.plan, self.step, self.behind = plan, 0, 0
+    def __init__(self, students: Sequence[Student], plan: Transfer, tell: Callable[[str], None]) -> None:
+        self.plan, self.tell, self.step, self.behind = plan, tell, 0, 0
         self.pupils = [_Pupil(student, plan) for student in students]
         self.file = None if plan.file is None else Path(plan.file)
 
@@ -197,6 +210,7 @@ class _Training:
         if self.step % 50 == 0 and self.step:
             self.save()
         self.step += 1
+        self.tell(f"attention transfer, step {self.step} of at most {self.plan.steps}")
         return True
 
     def see(self, index: int, values: Mapping[fx.Node, Tensor]) -> None:
@@ -228,8 +242,12 @@ class _Training:
             raise UsageError(f"the transfer cannot be kept in {self.file}: there is no such folder")
         if not self.file.exists():
             return
-        state = torch.load(self.file, weights_only=True)
-        if state["of"] != self.signature():
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            of = state["of"]
+        except Exception as failure:
+            raise UsageError(f"{self.file} is not the state of a transfer", hint="another file=, or delete it") from failure
+        if of != self.signature():
             raise UsageError(f"{self.file} is the transfer of other attentions", hint="another file=, or delete it")
         self.step = self.behind = state["step"]
         for pupil, saved in zip(self.pupils, state["pupils"], strict=True):

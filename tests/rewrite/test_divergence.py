@@ -57,7 +57,16 @@ def test_it_is_what_it_says(named: bool) -> None:
     edited, data = capture(copy.deepcopy(model), tuple(given[0])), Data([tuple(call) for call in given])
     model.head.weight.data = torch.zeros(5, 6)  # the program was captured with a weight of its own
     assert loss({"head.weight": W}) == pytest.approx(wanted, rel=1e-4)
-    assert divergence(original, edited, data) == pytest.approx(wanted, rel=1e-4)
+    moved = divergence(original, edited, data)
+    assert moved.mean == pytest.approx(wanted, rel=1e-4) and moved.worst >= moved.mean and moved.calls == 2
+    if named:
+        same = [
+            (a.logits[mask != 0].argmax(-1) == b.logits[mask != 0].argmax(-1))
+            for a, b, (_, mask) in zip(was, now, given, strict=True)
+        ]
+        assert moved.agree == pytest.approx(torch.cat(same).double().mean().item()) and moved.agree < 1
+    else:
+        assert moved.agree is None
     assert loss({"head.weight": W}, [1]) != loss({"head.weight": W}, [0])
 
 

@@ -36,6 +36,8 @@ BODIES = {
     "hyper_attention.v1": "8b83b7e8fe59",
     "nystrom_attention.v1": "065fcc6955d7",
     "linformer_attention.v1": "25c016f1c07b",
+    "ponet_attention.v1": "11a1ea1c72c1",
+    "poolformer_attention.v1": "b9e8bd5247fc",
 }
 """torch.compile's disk cache knows an op by its name: if a hash here is wrong, give the op the next version."""
 
@@ -223,6 +225,8 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "nystrom_attention.v1": lambda x: tautomer.nystrom_attention.v1(*heads(x), None, 0.3, 3),
     "linformer_attention.v1": lambda x: tautomer.linformer_attention.v1(*heads(x), x.view(8, 4), x.sin().view(8, 4), None, 0.3),
+    "ponet_attention.v1": lambda x: tautomer.ponet_attention.v1(*heads(x), heads(x.exp())[0], heads(x.tanh())[0], None, 3),
+    "poolformer_attention.v1": lambda x: tautomer.poolformer_attention.v1(heads(x)[0], None),
 }
 
 

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 import tautomer
 from tautomer.passes.attention.feature_maps import FeatureMap, Hedgehog, JointHedgehog, LogNormal, Relu
-from tautomer.passes.attention.gated_attention import GatedAttention
-from tautomer.passes.attention.hybrid_attention import HybridAttention
+from tautomer.passes.attention.hybrid_attention import GATE, HybridAttention
 from tautomer.passes.attention.kernel_attention import KernelAttention
+from tautomer.passes.attention.linformer_attention import LinformerAttention
+from tautomer.passes.attention.ponet_attention import PonetAttention
 from tautomer.passes.attention.substitute_attention import SubstituteAttention
 from tautomer.passes.attention.transfer import Transfer
+from tautomer.rewrite.attentions import Masking
 
 F64 = torch.float64
 
@@ -66,12 +68,44 @@ def put(subject: nn.Module, rewrite: SubstituteAttention, *args: Tensor, **optio
     return fast
 
 
-@pytest.mark.parametrize("rewrite", [KernelAttention(), HybridAttention(), GatedAttention()], ids=str)
+UNTRAINED = (
+    "it must learn what attention gave: pass data=[…] to optimize, an iterable of example calls. architecture=True puts it there "
+    "untrained, for a model that will be trained: as it stands, "
+)
+LEARNED: dict[SubstituteAttention, str] = {
+    KernelAttention(): "even with a window it is worse than its own window alone",
+    KernelAttention(Relu()): "even with a window it is worse than its own window alone",
+    HybridAttention(): "even with a window it is worse than its own window alone",
+    LinformerAttention(3, longest=32): "its slots are means of segments",
+    PonetAttention(4): "a position sees the largest values beside it",
+}
+
+
+@pytest.mark.parametrize("rewrite", LEARNED, ids=str)
 def test_untrained_it_is_refused_unless_the_model_will_be_trained(rewrite: SubstituteAttention) -> None:
-    fast = tautomer.optimize(model(), (calls(1)[0],), passes=[rewrite])
-    assert not fast.report.applications and "architecture=True" in fast.report.refusals[0].reason
-    assert isinstance(rewrite, GatedAttention) or "worse than its own window" in fast.report.refusals[0].reason
-    assert put(model(), replace(rewrite, architecture=True)).report.applications[0].claim == "architecture"
+    causal = Masking.CAUSAL in rewrite.represents
+    fast = tautomer.optimize(model(causal=causal), (calls(1)[0],), passes=[rewrite])
+    (place,) = fast.report.attentions[0].places
+    assert not fast.report.applications and place.reason == UNTRAINED + LEARNED[rewrite]
+    there = put(model(causal=causal), replace(rewrite, architecture=True)).report
+    assert there.applications[0].claim == "architecture" and "train it before it is used" in str(there)
+
+
+def test_what_is_measured_is_refused_without_data_even_for_training() -> None:
+    fast = tautomer.optimize(model(), (calls(1)[0],), passes=[KernelAttention(LogNormal(), architecture=True)])
+    assert fast.report.attentions[0].places[0].reason.startswith("its two factors per head are measured: pass data=[…]")
+
+
+def test_what_it_learnt_is_told_and_what_made_it_worse_is_not_kept() -> None:
+    told: list[str] = []
+    good = put(model(), HybridAttention(4, transfer=Transfer(steps=30)), data=calls(9), progress=told.append).report
+    assert "30 steps, loss " in str(good) and "train it before" not in str(good)
+    assert "attention transfer, step 30 of at most 30" in told
+    wild = put(model(), HybridAttention(4, transfer=Transfer(steps=3, rate=1e3)), data=calls(9))
+    (place,), gate = wild.report.attentions[0].places, wild.get_parameter("layers.0.gate")
+    assert place.learning is not None and not place.learning.kept and place.learning.after == place.learning.before
+    torch.testing.assert_close(gate, torch.full_like(gate, GATE))
+    assert "(not kept)" in str(wild.report)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +116,10 @@ def test_what_stands_in_the_graph_is_what_learnt(phi: FeatureMap, causal: bool) 
     call = calls(1)[0], (torch.arange(21) < torch.tensor([[21], [9], [17]])).long()
     rewrite = KernelAttention(phi, chunk=8, transfer=Transfer(steps=5))
     fast = put(model(causal=causal, key_heads=2), rewrite, *call, data=[call] * 8)
-    (learnt,) = [note.text for note in fast.report.notes if "held out" in note.text]
-    before, after = (float(learnt.split(word)[1].split()[0]) for word in ("off by ", "is by "))
-    assert after < before or not phi.trains
-    assert f"off by {after:.2g} on data" in fast.report.applications[0].note
+    (learnt,) = (place.learning for place in fast.report.attentions[0].places)
+    assert learnt is not None and learnt.steps == (5 if phi.trains else 0)
+    assert learnt.kept and (learnt.after < learnt.before or not phi.trains)
+    assert fast.report.attentions[0].places[0].error == pytest.approx(learnt.after, rel=1e-6)
 
 
 def test_the_weights_are_parameters_beside_their_attention_and_train() -> None:

@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 def test_new_parameters_stand_in_the_state_dict_and_train() -> None:
     x, keep = torch.randn(2, 9, 8), torch.ones(2, 9, dtype=torch.bool)
-    fast = tautomer.optimize(Attention().train(), (x, keep), passes=[LinformerAttention(3, longest=12)])
+    fast = tautomer.optimize(Attention().train(), (x, keep), passes=[LinformerAttention(3, longest=12, architecture=True)])
     assert {name: p.shape for name, p in fast.named_parameters() if len(name) == 1} == {"E": (12, 3), "F": (12, 3)}
     assert "72 parameters more" in fast.report.applications[0].note and "train it" in str(fast.report)
     fast(x, keep).sum().backward()
@@ -71,10 +71,11 @@ def test_new_parameters_stand_in_the_state_dict_and_train() -> None:
 
 def test_numbers_for_padding_and_too_many_positions_are_refused() -> None:
     x = torch.randn(2, 9, 8)
-    added = tautomer.optimize(Attention().eval(), (x, torch.zeros(2, 9)), passes=[LinformerAttention(3)])
+    added = tautomer.optimize(Attention().eval(), (x, torch.zeros(2, 9)), passes=[LinformerAttention(3, architecture=True)])
     assert "added to its scores as numbers" in added.report.refusals[0].reason
     given = (x, torch.ones(2, 9, dtype=torch.bool))
-    long = tautomer.optimize(Attention().eval(), given, passes=[LinformerAttention(3, longest=8)], dynamic_shapes="static")
+    made = LinformerAttention(3, longest=8, architecture=True)
+    long = tautomer.optimize(Attention().eval(), given, passes=[made], dynamic_shapes="static")
     assert "its 9 positions are more than the 8" in long.report.refusals[0].reason
     with pytest.raises(UsageError, match="9 slots for 8 positions"):
         LinformerAttention(9, longest=8)

@@ -24,10 +24,13 @@ CASES: dict[str, dict[str, Any]] = {
     "loki": {"keys": 3, "rank": 2},
     "hyper": {"block": 2, "samples": 3, "leaf": 4, "longest": 16},
     "nystrom": {"landmarks": 4},
-    "linformer": {"slots": 4, "longest": 16},
+    "linformer": {"slots": 4, "longest": 16, "transfer": Transfer(steps=1)},
     "kernel": {"chunk": 4, "diagonal": 5, "transfer": Transfer(steps=1)},
     "hybrid": {"window": 3, "transfer": Transfer(steps=1)},
     "gated": {"window": 3, "chunk": 4, "architecture": True},
+    "ponet": {"segments": 5, "transfer": Transfer(steps=1)},
+    "poolformer": {"grid": (), "architecture": True},
+    "qknorm": {"transfer": Transfer(steps=1)},
 }
 """Options with which a sequence of 13 is long, and blocks, segments and leaves do not divide it."""
 CAUSAL = [name for name in CASES if Masking.CAUSAL in METHODS[name].represents]
@@ -122,7 +125,7 @@ def test_half_precision_has_the_errors_of_attention(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.zoo  # an export takes seconds
-@pytest.mark.parametrize("name", ["window", "loki", "nystrom", "linformer"])
+@pytest.mark.parametrize("name", ["window", "loki", "nystrom", "linformer", "ponet", "poolformer"])
 def test_it_runs_on_onnx_runtime_at_other_sizes(name: str, tmp_path: Path) -> None:
     fast, path = copy.deepcopy(substituted(name)).float(), tmp_path / "model.onnx"
     tautomer.export_onnx(fast, path, (), call(), check=False)

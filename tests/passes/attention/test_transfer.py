@@ -117,7 +117,11 @@ def test_an_interrupted_transfer_goes_on_where_it_was_saved(tmp_path: Path) -> N
     with pytest.raises(Interrupted):
         transfer(students, program, Data(some(64)), Transfer(steps=70, file=file))
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
-    resumed, *_ = trained(steps=70, file=file)
+    program, resumed = pupils()
+    told: list[str] = []
+    efforts = transfer(resumed, program, Data(CALLS, told.append), Transfer(steps=70, file=file))
+    assert efforts == [(70, False)] * 2 and "attention transfer, step 51 of at most 70" in told
+    assert not any("step 50 of" in words for words in told)
     for a, b in zip(whole, resumed, strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
@@ -128,6 +132,10 @@ def test_the_file_of_other_students_is_not_taken(tmp_path: Path) -> None:
     program, students = pupils()
     with pytest.raises(UsageError, match="is the transfer of other attentions"):
         transfer(students[:1], program, Data(CALLS), Transfer(file=file))
+    for broken in (b"no state", b""):
+        (tmp_path / "broken.pt").write_bytes(broken)
+        with pytest.raises(UsageError, match="is not the state of a transfer"):
+            transfer(students, program, Data(CALLS), Transfer(file=tmp_path / "broken.pt"))
     with pytest.raises(UsageError, match="there is no such folder"):
         transfer(students, program, Data(CALLS), Transfer(file=tmp_path / "nowhere" / "state.pt"))
 
@@ -150,8 +158,9 @@ def test_a_student_that_no_longer_improves_stops() -> None:
                 calls += 1
                 yield x
 
-    transfer(students, program, Data(Counted(CALLS)), Transfer(steps=100_000, rate=1e-2, patience=0))
+    efforts = transfer(students, program, Data(Counted(CALLS)), Transfer(steps=100_000, rate=1e-2, patience=0))
     assert calls < 20_000
+    assert all(effort.stopped and 0 < effort.steps < calls for effort in efforts)
     assert max(errors(students, program, data)) < 0.7
 
 
