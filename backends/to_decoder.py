@@ -123,7 +123,9 @@ class Decoder:
         """
         logits, state = self.prefill(tokens)
         if logits.ndim != 3 or tokens.is_floating_point():
-            raise UsageError(f"{self._owner} takes no tokens, or returns no logits over a vocabulary: there is nothing to choose from")
+            raise UsageError(
+                f"{self._owner} takes no tokens, or returns no logits over a vocabulary: there is nothing to choose from"
+            )
         found, logits = [tokens], logits[:, -1]
         for left in range(new - 1, -1, -1):
             chosen = logits.argmax(-1) if choose is None else choose(logits)

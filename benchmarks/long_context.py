@@ -57,6 +57,7 @@ LEARNT: tuple[Row, ...] = (
     ("kernel, elu + 1 (learns nothing)", "kernel", {"feature_map": Elu()}),
     ("kernel, LLN (learns nothing)", "kernel", {"feature_map": LogNormal()}),
     ("kernel, LLN and softmax in blocks of 32 (learns nothing)", "kernel", {"feature_map": LogNormal(), "diagonal": 32}),
+    ("gated, window 32 (learns nothing)", "gated", {"window": 32, "architecture": True}),
 )
 TIME: tuple[Row, ...] = (
     ("window 256, 4 sinks", "window", {}),
@@ -90,7 +91,8 @@ def quality(rows: Sequence[Row], batches: int, steps: int) -> None:
     calibration = list(windows(corpus(held_out=False), 2, 32, seed=2))
     if steps:  # one call in eight is held out
         calibration = list(windows(corpus(held_out=False), steps + steps // 7 + 1, 16, seed=5))
-        rows = [(name, method, {**options, "transfer": Transfer(steps=steps)}) for name, method, options in rows]
+        learns = {name: {} if "architecture" in options else {"transfer": Transfer(steps=steps)} for name, _, options in rows}
+        rows = [(name, method, {**options, **learns[name]}) for name, method, options in rows]
     dense = cross_entropy(model, measured)
     print(f"{len(measured) * 64} windows of 128 bytes\n\n| form | nats per byte | over attention | KL |\n|---|---|---|---|")
     print(f"| attention | {dense:.4f} | – | – |")
@@ -161,7 +163,13 @@ def time(rows: Sequence[Row], longest: int, repeats: int) -> None:
 def decoding(rows: Sequence[Row], longest: int, repeats: int) -> None:
     """Milliseconds per token behind so many positions, one layer of 12 heads of 64 with its feedforward layer."""
     print(f"\nmedians of {8 * repeats} steps in milliseconds, and megabytes of state, {torch.get_num_threads()} thread(s)\n")
-    print("| decoding | " + " | ".join(map(str, lengths(longest))) + " | MB at the last |\n" + "|---" * (len(lengths(longest)) + 2) + "|")
+    print(
+        "| decoding | "
+        + " | ".join(map(str, lengths(longest)))
+        + " | MB at the last |\n"
+        + "|---" * (len(lengths(longest)) + 2)
+        + "|"
+    )
     config = GPT2Config(vocab_size=256, n_positions=2 * longest, n_embd=768, n_layer=1, n_head=12, use_cache=False)
     model, ids = GPT2LMHeadModel(config).eval(), torch.randint(256, (1, longest))
     for name, method, options in (("attention", "", {}), *rows):

@@ -57,7 +57,7 @@ def _causal(x: Given) -> None:
     require(x.get("causal", x.get("is_causal", True)), "it is not causal: a position sees those after it")
     masks = [x.get(name) for name in ("keep", "mask", "attn_mask")]
     require(masks == [None] * 3, "it reads a mask over all positions; captured without one, it takes prompts of one length")
-    require(not x.get("terraced", False), "its window ends at blocks, and what leaves it leaves a block at a time: terraced=False")
+    require(not x.get("terraced", False), "its window ends at blocks, and keys leave it a block at a time: terraced=False")
     require(x.get("dropout_p", 0.0) == 0.0, "its weights are dropped out")
 
 

@@ -58,7 +58,7 @@ def kernel_attention(
         return one_by_one(query, key, value, g, keep, normalized, chunk)
     q, k, v = widened(query, key, value, keep, normalized)
     if causal and fused(query):
-        y = fused_sum(*(x.to(query.dtype) for x in (q, k, v)), g).to(q.dtype)
+        y = fused_sum(q.to(query.dtype), k.to(query.dtype), v.to(query.dtype), g).to(q.dtype)
     else:
         y = causal_sum(q, k, v, g, chunk) if causal else q @ (k.mT @ v)
     return side_by_side(divided(y, normalized).to(value.dtype))

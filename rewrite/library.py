@@ -292,7 +292,8 @@ SEMANTIC = (
         hybrid_attention_step,
     ),
     Semantic(
-        "kernel_attention_state.v1(Tensor query, Tensor key, Tensor value, Tensor? log_decay=None, bool normalized=True) -> Tensor",
+        "kernel_attention_state.v1(Tensor query, Tensor key, Tensor value, Tensor? log_decay=None, bool normalized=True) "
+        "-> Tensor",
         kernel_attention_state,
     ),
     Semantic(

@@ -177,7 +177,8 @@ def _step(program: Program, sites: Sequence[fx.Node], counted: Counted, logits: 
         emit = _emitter(step, twin.next)
         if row is None:  # it has one row, and that counts from zero
             moved = emit(aten.add.Tensor, twin, position)
-            twin.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            for user in [user for user in twin.users if user is not moved]:
+                user.replace_input_with(twin, moved)
         else:
             index = emit(aten.reshape.default, emit(aten.add.Scalar, position, row[1]), [1])
             twin.replace_all_uses_with(emit(aten.index_select.default, twin.args[0], row[0], index))
@@ -224,8 +225,9 @@ def _counts(program: Program, node: fx.Node, axis: int, time: Size) -> bool:
         return False
     try:
         region = size_region(node, program.weights)
-        inputs = [x.meta["val"].shape for x in program.placeholders if isinstance(x.meta.get("val"), Tensor)]
-        free = {symbol for shape in inputs for size in shape if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+        shapes = [x.meta["val"].shape for x in program.placeholders if isinstance(x.meta.get("val"), Tensor)]
+        symbols = [size.node.expr.free_symbols for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+        free = set().union(*symbols)
         found = list[Tensor]()
         for length in (1, 3, 6):
             sizes: Any = {**dict.fromkeys(free, 2), key(time): length}
@@ -259,9 +261,10 @@ def check_stepping(form: Stepping, more: int = 2) -> tuple[str, ...]:
             wanted = interpret(form.program, form.flat(tokens), dtype=torch.float64)[form.logits]
         except IndexError:
             continue
-        found, *state = interpret(form.prefill, form.flat(tokens[:, :length]), dtype=torch.float64)
+        found, *first = interpret(form.prefill, form.flat(tokens[:, :length]), dtype=torch.float64)
         if not relative_error(found, wanted[:, :length]) <= FORWARD:
             raise _no(form.program, "what it computes at a position depends on how many there are")
+        state: Sequence[Tensor] = first
         for at in range(length, length + more):
             state = _follow(form, tokens, at, state, wanted[:, at : at + 1])
         told.append(f"{length} + {more}")

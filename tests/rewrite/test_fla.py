@@ -1,4 +1,4 @@
-"""What is handed to the kernels of flash-linear-attention, by a stand-in of their signatures: they need CUDA, which no test has."""
+"""What is handed to the kernels of flash-linear-attention, by a stand-in of their signatures: no test has their CUDA."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None) 
     return torch.stack(rows, 1).to(q.dtype)
 
 
-def chunk_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
-                     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False):  # fmt: skip
+def chunk_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None):
     assert g is None or g.shape == q.shape[:3]
     return recurrence(q, k, v, torch.zeros_like(q) if g is None else g.unsqueeze(-1), scale), None
 

@@ -20,8 +20,10 @@ def test_a_ring_holds_the_last_rows_at_their_places() -> None:
     assert latest(x[:2], 4, sinks=3).flatten().tolist() == [1, 2, 0, 1, 2, 0, 0]
 
 
-@pytest.mark.parametrize(("window", "sinks", "aligned"), [(1, 0, False), (4, 0, False), (4, 2, False), (3, 9, False), (30, 2, False),
-                                                          (5, 0, True), (1, 0, True)])  # fmt: skip
+WINDOWS = [(1, 0, False), (4, 0, False), (4, 2, False), (3, 9, False), (30, 2, False), (5, 0, True), (1, 0, True)]
+
+
+@pytest.mark.parametrize(("window", "sinks", "aligned"), WINDOWS)
 @pytest.mark.parametrize("known", [1, 2, 11])
 def test_steps_are_the_whole(window: int, sinks: int, aligned: bool, known: int) -> None:
     q, k, v = torch.randn(2, 4, 23, 6, dtype=F64), torch.randn(2, 2, 23, 6, dtype=F64), torch.randn(2, 2, 23, 5, dtype=F64)
