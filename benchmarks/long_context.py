@@ -1,7 +1,7 @@
 """What a cheaper form of attention costs a trained model, and what it costs itself as sequences grow.
 
     python benchmarks/long_context.py                                     quality on the shipped model over bytes: minutes
-    python benchmarks/long_context.py --time --longest 32768              time against n: 12 heads of 64, one CPU thread
+    python benchmarks/long_context.py --time --longest 32768              time against n, and of a decoded token: 12 heads of 64
     python benchmarks/long_context.py --rows window --batches 2           a small run
     python benchmarks/long_context.py --learn 250                         quality of forms that learn: minutes a row
 
@@ -17,7 +17,8 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tautomer
 from tautomer.passes.attention.feature_maps import Elu, Hedgehog, LogNormal, Relu
@@ -56,6 +57,7 @@ LEARNT: tuple[Row, ...] = (
     ("kernel, elu + 1 (learns nothing)", "kernel", {"feature_map": Elu()}),
     ("kernel, LLN (learns nothing)", "kernel", {"feature_map": LogNormal()}),
     ("kernel, LLN and softmax in blocks of 32 (learns nothing)", "kernel", {"feature_map": LogNormal(), "diagonal": 32}),
+    ("gated, window 32 (learns nothing)", "gated", {"window": 32, "architecture": True}),
 )
 TIME: tuple[Row, ...] = (
     ("window 256, 4 sinks", "window", {}),
@@ -67,7 +69,14 @@ TIME: tuple[Row, ...] = (
     ("Loki, gathered", "loki", {"keys": 256, "rank": 16}),
     ("kernel, Hedgehog", "kernel", {"architecture": True}),
     ("hybrid, window 64", "hybrid", {"architecture": True}),
+    ("gated, window 64", "gated", {"architecture": True}),
 )
+LONGEST = {"loki": 4096}
+"""Where a form is not tried at every length: Loki holds a score for every pair of positions."""
+STEPPED = {"window", "kernel", "hybrid", "gated"}
+"""Methods with a state."""
+PATIENCE = 4.0
+"""Seconds."""
 
 
 @torch.no_grad()
@@ -84,7 +93,8 @@ def quality(rows: Sequence[Row], batches: int, steps: int) -> None:
     calibration = list(windows(corpus(held_out=False), 2, 32, seed=2))
     if steps:  # one call in eight is held out
         calibration = list(windows(corpus(held_out=False), steps + steps // 7 + 1, 16, seed=5))
-        rows = [(name, method, {**options, "transfer": Transfer(steps=steps)}) for name, method, options in rows]
+        learns = {name: {} if "architecture" in options else {"transfer": Transfer(steps=steps)} for name, _, options in rows}
+        rows = [(name, method, {**options, **learns[name]}) for name, method, options in rows]
     dense = cross_entropy(model, measured)
     print(f"{len(measured) * 64} windows of 128 bytes\n\n| form | nats per byte | over attention | KL |\n|---|---|---|---|")
     print(f"| attention | {dense:.4f} | – | – |")
@@ -113,40 +123,85 @@ def seconds(call: Callable[[], Any]) -> float:
     return perf_counter() - start
 
 
+def lengths(longest: int) -> list[int]:
+    return [2**i for i in range(10, longest.bit_length())]
+
+
 @torch.no_grad()
 def time(rows: Sequence[Row], longest: int, repeats: int) -> None:
-    lengths = [2**i for i in range(10, longest.bit_length())]
-    print(
-        f"medians of {repeats} alternating calls in milliseconds, 12 heads of 64, float32, {torch.get_num_threads()} thread(s)\n"
-    )
-    print("| form | " + " | ".join(map(str, lengths)) + " | exponent |\n|---" * 1 + "|---" * (len(lengths) + 1) + "|")
+    """Each round calls every form once. What takes longer than ``PATIENCE`` is called once in all."""
+    forms: dict[str, tuple[nn.Module, str, int]] = {}
     for name, method, options in rows:
         causal = Masking.CAUSAL in METHODS[method].represents
         example = tuple(torch.randn(1, 12, 1024, 64) for _ in range(3))
-        core = Core(causal).eval()
+        core, baseline = Core(causal).eval(), "attention, causal" if causal else "attention"
+        forms.setdefault(baseline, (core, baseline, longest))
         rewrite, data = METHODS[method](**options), None if options.get("architecture") else [example]
         fast = tautomer.optimize(core, example, passes=[rewrite], data=data, dynamic_shapes=dynamic(), check=False)
         assert fast.report.fired(rewrite.name) == 1, fast.report
-        found: dict[str, list[float]] = {"attention, causal" if causal else "attention": [], name: []}
-        for n in lengths:
-            q, k, v = (torch.randn(1, 12, n, 64) for _ in range(3))
-            calls = (partial(core, q, k, v), partial(fast, q, k, v))
-            taken = [[seconds(call) for call in calls] for _ in range(repeats + 1)][1:]
-            for row, column in zip(found.values(), zip(*taken, strict=True), strict=True):
-                row.append(1e3 * statistics.median(column))
-        for form, row in found.items():
-            print(f"| {form} | " + " | ".join(f"{x:.1f}" for x in row) + f" | {exponent(lengths, row):.2f} |", flush=True)
+        forms[name] = (fast, baseline, min(longest, LONGEST.get(method, longest)))
+    found: dict[str, dict[int, float]] = {name: {} for name in forms}
+    for n in lengths(longest):
+        q, k, v = (torch.randn(1, 12, n, 64) for _ in range(3))
+        taken = {name: [seconds(partial(form, q, k, v))] for name, (form, _, most) in forms.items() if n <= most}
+        for _ in range(repeats):
+            for name, times in taken.items():
+                if times[0] < PATIENCE:
+                    times.append(seconds(partial(forms[name][0], q, k, v)))
+        for name, times in taken.items():
+            found[name][n] = 1e3 * statistics.median(times[1:] or times)
+    print(
+        f"medians of {repeats} rounds in milliseconds (one call where that takes more than {PATIENCE:.0f} s), 12 heads of 64, "
+        f"float32, {torch.get_num_threads()} thread(s)\n"
+    )
+    print("| form | " + " | ".join(map(str, lengths(longest))) + " | exponent | faster at the last |")
+    print("|---" * (len(lengths(longest)) + 3) + "|")
+    for name, (_, baseline, most) in forms.items():
+        cells = [f"{found[name][n]:.1f}" if n in found[name] else "–" for n in lengths(longest)]
+        ratio = found[baseline][most] / found[name][most]
+        print(f"| {name} | {' | '.join(cells)} | {exponent(found[name]):.2f} | {ratio:.1f} × |")
+
+
+@torch.no_grad()
+def decoding(rows: Sequence[Row], longest: int, repeats: int) -> None:
+    """Milliseconds per token behind so many positions, one layer of 12 heads of 64 with its feedforward layer."""
+    print(f"\nmedians of {8 * repeats} steps in milliseconds, and megabytes of state, {torch.get_num_threads()} thread(s)\n")
+    print(
+        "| decoding | "
+        + " | ".join(map(str, lengths(longest)))
+        + " | MB at the last |\n"
+        + "|---" * (len(lengths(longest)) + 2)
+        + "|"
+    )
+    config = GPT2Config(vocab_size=256, n_positions=2 * longest, n_embd=768, n_layer=1, n_head=12, use_cache=False)
+    model, ids = GPT2LMHeadModel(config).eval(), torch.randint(256, (1, longest))
+    for name, method, options in (("attention", "", {}), *rows):
+        if method and method not in STEPPED:
+            continue
+        recipe = tautomer.LongContext(method, **options) if method else "inference"
+        decoder = tautomer.decoder(tautomer.optimize(model, (ids[:, :1024],), recipe=recipe, check=False), check=False)
+        cells, held = list[str](), 0
+        for n in lengths(longest):
+            if decoder.constant:
+                _, state = decoder.prefill(ids[:, :n])
+            else:  # keys and values of any numbers: to compute them all would take longer than all the rest
+                _, state = decoder.prefill(ids[:, :2])
+                state = replace(state, position=n, tensors=tuple(torch.randn(1, 12, n, 64) for _ in state.tensors))
+            taken = [seconds(partial(decoder.step, ids[:, 0], state)) for _ in range(8 * repeats + 1)][1:]
+            cells.append(f"{1e3 * statistics.median(taken):.2f}")
+            held = state.bytes
+        print(f"| {name} | {' | '.join(cells)} | {held / 1e6:.1f} |", flush=True)
 
 
 def dynamic() -> dict[str, Any]:
     return {name: {2: torch.export.Dim.AUTO} for name in "qkv"}
 
 
-def exponent(lengths: Sequence[int], row: Sequence[float]) -> float:
+def exponent(found: Mapping[int, float]) -> float:
     """The slope of log time against log n."""
-    if len(lengths) < 2:
+    if len(found) < 2:
         return math.nan
-    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(x) for x in row]).slope
+    return statistics.linear_regression([math.log(n) for n in found], [math.log(x) for x in found.values()]).slope
 
 
 def main() -> None:
@@ -156,14 +211,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="of 64 windows each, for quality")
     parser.add_argument("--learn", type=int, default=0, help="steps of attention transfer, for the quality of forms that learn")
     parser.add_argument("--longest", type=int, default=8192, help="the longest sequence, for time")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, for time")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     every = TIME if options.time else LEARNT if options.learn else QUALITY
     rows = [row for row in every if (options.rows or "").lower() in row[0].lower()]
     if options.time:
         time(rows, options.longest, options.repeats)
+        decoding(rows, options.longest, options.repeats)
     else:
         quality(rows, options.batches, options.learn)
 

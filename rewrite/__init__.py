@@ -7,6 +7,7 @@ What everything speaks of:
     errors.py       The errors tautomer raises: one base, few kinds, one sentence each
     claims.py       A claim is what a rewrite promises about outputs and gradients
     _torch.py       Every private name of torch that tautomer uses, and nothing else
+    _fla.py         The kernels of flash-linear-attention, where it is installed
     shapes.py       Sizes may be symbols; every comparison of sizes goes through here
     evidence.py     What was measured when a claim was checked, and the one table of tolerances
     expressions.py  An expression over weights: a leaf of the user's model, or an op on expressions
@@ -32,6 +33,7 @@ What everything speaks of:
 One vocabulary, and emission in it:
 
     kernel_attention.py    Attention by a kernel: quadratic, recurrent and in chunks, with decay
+    nearest_keys.py        The last keys and values, and attention to them from one position more
     hybrid_attention.py    Softmax over the nearest keys, and a kernel for the rest
     subset_attention.py    Attention over a subset of the keys
     landmark_attention.py  Attention through a few landmarks, which stand for segments of the sequence
@@ -106,6 +108,8 @@ Facts for rewrites of a whole program:
 Running them:
 
     pipeline.py     Run an ordered tuple of passes on a program, and answer for the result
+    attention_steps.py  How an attention goes on from its past: the state behind the last position, and one position more
+    stepping.py     A causal program as a program of one position, state in and out
     drawing.py      A program drawn in layers, as SVG: repeated blocks in one box, colours by kind
     attention_drawing.py  What became of the attentions of a model, as SVG: a bar per attention
     report.py       The report: what fired, what did not and why, how exact, what it cost, whether it paid

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernel_attention import divided, from_chunks, in_chunks, served, shifted, side_by_side, widened
+from .kernel_attention import divided, from_chunks, in_chunks, in_turn, kept_at, pieces, served, shifted, side_by_side, widened
+from .nearest_keys import latest
 
 
 def hybrid_attention(
@@ -48,6 +49,8 @@ def hybrid_attention(
     """
     heads, n, width = query.shape[-3:]
     window = max(1, min(window, n)) if isinstance(n, int) else window
+    if in_turn(query):
+        return blocks_in_turn(query, key, value, query_features, key_features, gate, window, terraced, keep, scale)
     q, k, v = widened(query, key, value, keep, True)
     f, h, _ = widened(query_features, key_features, value, keep, False)
     real = torch.ones_like(v[..., :1]) if keep is None else served(keep.unsqueeze(-1).to(q.dtype), heads)
@@ -61,6 +64,53 @@ def hybrid_attention(
     a = (scores - top_of(scores)).exp() * torch.sigmoid(gate.to(q.dtype))[:, None, None, None]
     b = (f @ h.mT).masked_fill(near | (j > i), 0.0)
     return side_by_side(divided(from_chunks((a + b) @ v + f @ before, n), True).to(value.dtype))
+
+
+def blocks_in_turn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_features: Tensor,
+    key_features: Tensor,
+    gate: Tensor,
+    window: int,
+    terraced: bool,
+    keep: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """``hybrid_attention``, one block of queries after the other; each sees its own block and the one before."""
+    block, scale = window * -(-32 // window), query.shape[-1] ** -0.5 if scale is None else scale
+    gamma = torch.sigmoid(gate.to(torch.promote_types(query.dtype, torch.float32)))[:, None, None]
+    state, rows = torch.zeros(()), list[Tensor]()
+    for at in pieces(query.shape[-2], block):
+        first = max(0, at.start - block)
+        both = slice(first, at.stop)
+        now = kept_at(keep, both)
+        q, k, v = widened(query[..., at, :], key[..., both, :], value[..., both, :], now, True)
+        f, h, _ = widened(query_features[..., at, :], key_features[..., both, :], value[..., both, :], now, False)
+        i, j = torch.arange(at.start, at.stop)[:, None], torch.arange(first, at.stop)
+        seen = near = (j <= i) & (i // window - j // window <= 1 if terraced else i - j < window)
+        if now is not None:
+            seen = near & served(now.unsqueeze(-1), query.shape[-3]).mT
+        scores = (q * scale @ k.mT).masked_fill(~seen, -torch.inf)
+        a = (scores - top_of(scores)).exp() * gamma
+        y = (a + (f @ h.mT).masked_fill(near | (j > i), 0.0)) @ v
+        rows.append(divided(y + f @ state if at.start > block else y, True).to(value.dtype).transpose(1, 2))
+        gone = at.start - first
+        state = state + h[..., :gone, :].mT @ v[..., :gone, :]
+    return torch.cat(rows, 1).transpose(1, 2)
+
+
+def hybrid_attention_state(
+    query: Tensor, key: Tensor, value: Tensor, key_features: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``hybrid_attention_step`` goes on from behind the last position: state, keys, values and features.
+
+    Args: as of ``hybrid_attention``.
+    """
+    n = key.shape[-2]
+    _, h, v = widened(query, key_features, value, torch.arange(n, device=key.device) < n - window, True)
+    return h.mT @ v, latest(key, window), latest(value, window), latest(key_features, window)
 
 
 def hybrid_attention_step(

@@ -7,9 +7,10 @@ first within a chunk and the second from chunk to chunk, O(n). g is nothing, a n
 step and channel (gated linear attention). The denominator is the same sum over a column of ones beside v. Without causality,
 Q (Kᵀ V).
 
-There is no loop: the states before all chunks are a cumulative sum; where they decay, they are a kernel attention again, of
-ones over the chunks. What counts rows gathers them if their number is a symbol, so that no size is ever compared. States and
-denominators are in float32 at least.
+On a CPU chunks are taken one after the other, so that nothing but the result is as long as the sequence: a chunk stays in the
+cache. In a graph, and where chunks should run side by side, there is no loop: the states before all chunks are a cumulative
+sum; where they decay, they are a kernel attention again, of ones over the chunks. What counts rows gathers them if their number
+is a symbol, so that no size is ever compared. States and denominators are in float32 at least.
 
 arXiv:2006.16236 (linear attention), arXiv:2401.04658 (Lightning), arXiv:2312.06635 (gated linear attention).
 """
@@ -19,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ._fla import fused, fused_sum
 
 
 def kernel_attention(
@@ -47,13 +50,60 @@ def kernel_attention(
     """
     if log_decay is not None and not causal:
         raise ValueError("a decay is from one position to a later one: it needs causal=True")
+    g = None
+    if log_decay is not None:
+        g = served(log_decay.to(torch.promote_types(query.dtype, torch.float32)), query.shape[-3])
+        g = g.expand(*g.shape[:-2], query.shape[-2], g.shape[-1])
+    if causal and in_turn(query):
+        return one_by_one(query, key, value, g, keep, normalized, chunk)
     q, k, v = widened(query, key, value, keep, normalized)
-    if causal:
-        g = None if log_decay is None else served(log_decay.to(q.dtype), q.shape[-3])
-        y = causal_sum(q, k, v, g if g is None else g.expand(*g.shape[:-2], q.shape[-2], g.shape[-1]), chunk)
+    if causal and fused(query):
+        y = fused_sum(q.to(query.dtype), k.to(query.dtype), v.to(query.dtype), g).to(q.dtype)
     else:
-        y = q @ (k.mT @ v)
+        y = causal_sum(q, k, v, g, chunk) if causal else q @ (k.mT @ v)
     return side_by_side(divided(y, normalized).to(value.dtype))
+
+
+def one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor | None, keep: Tensor | None, normalized: bool, chunk: int
+) -> Tensor:
+    """A causal ``kernel_attention``, one chunk after the other."""
+    state, rows = torch.zeros(()), list[Tensor]()
+    for at in pieces(query.shape[-2], chunk):
+        q, k, v = widened(query[..., at, :], key[..., at, :], value[..., at, :], kept_at(keep, at), normalized)
+        G = None if g is None else g[..., at, :].cumsum(-2)
+        y = weighted(q, k, G) @ v
+        if rows:
+            y = y + (q if G is None else q * G.exp()) @ state
+        if at.stop < query.shape[-2]:
+            state = behind(k, v, G, state)
+        rows.append(divided(y, normalized).to(value.dtype).transpose(1, 2))
+    return torch.cat(rows, 1).transpose(1, 2)
+
+
+def behind(k: Tensor, v: Tensor, G: Tensor | None, state: Tensor) -> Tensor:
+    """The state behind the last of these positions, of that before the first; G is the decay summed up to each."""
+    if G is None:
+        return state + k.mT @ v
+    whole = G[..., -1:, :]
+    return whole.mT.exp() * state + (k * (whole - G).exp()).mT @ v
+
+
+def kernel_attention_state(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None = None, normalized: bool = True
+) -> Tensor:
+    """The state behind the last position of a causal ``kernel_attention``, which ``kernel_attention_step`` goes on from.
+
+    Args: as of ``kernel_attention``.
+
+    Returns:
+        ``[batch, heads, f, e]``, with one more column if it is normalised.
+    """
+    q, k, v = widened(query, key, value, None, normalized)
+    if log_decay is None:
+        return k.mT @ v
+    g = served(log_decay.to(q.dtype), q.shape[-3])
+    return behind(k, v, g.expand(*g.shape[:-2], q.shape[-2], g.shape[-1]).cumsum(-2), torch.zeros((), device=q.device))
 
 
 def kernel_attention_step(
@@ -143,6 +193,21 @@ def weighted(q: Tensor, k: Tensor, g: Tensor | None) -> Tensor:
         return q @ k.mT * (g - g.mT).masked_fill(later, -torch.inf).exp()
     decay = (g.unsqueeze(-2) - g.unsqueeze(-3)).masked_fill(later.unsqueeze(-1), -torch.inf).exp()
     return (q.unsqueeze(-2) * k.unsqueeze(-3) * decay).sum(-1)
+
+
+def in_turn(x: Tensor) -> bool:
+    """Whether chunks of ``x`` are taken one after the other: on a CPU, where tensors are plain ones and nothing is traced."""
+    return type(x) in (Tensor, torch.nn.Parameter) and isinstance(x.shape[-2], int) and x.device.type == "cpu"
+
+
+def pieces(n: int, size: int) -> list[slice]:
+    """0 … n - 1 in pieces of ``size``; of nothing, one."""
+    return [slice(first, min(first + size, n)) for first in range(0, max(n, 1), size)]
+
+
+def kept_at(keep: Tensor | None, at: slice) -> Tensor | None:
+    """The part of ``keep`` at some positions; one that all positions share is that of each."""
+    return keep if keep is None or keep.shape[-1] == 1 else keep[..., at]
 
 
 # -- rows in chunks -------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .hybrid_attention import block_attention, hybrid_attention, hybrid_attention_step
-from .kernel_attention import kernel_attention, kernel_attention_step
+from .hybrid_attention import block_attention, hybrid_attention, hybrid_attention_state, hybrid_attention_step
+from .kernel_attention import kernel_attention, kernel_attention_state, kernel_attention_step
 from .landmark_attention import linformer_attention, nystrom_attention
+from .nearest_keys import window_attention_state, window_attention_step
 from .pooling import ponet_attention, poolformer_attention
 from .subset_attention import hyper_attention, top_attention, window_attention
 
@@ -295,6 +296,25 @@ SEMANTIC = (
         "Tensor gate, Tensor state, Tensor keys, Tensor values, Tensor features, Tensor position, float? scale=None) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         hybrid_attention_step,
+    ),
+    Semantic(
+        "kernel_attention_state.v1(Tensor query, Tensor key, Tensor value, Tensor? log_decay=None, bool normalized=True) "
+        "-> Tensor",
+        kernel_attention_state,
+    ),
+    Semantic(
+        "hybrid_attention_state.v1(Tensor query, Tensor key, Tensor value, Tensor key_features, int window) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        hybrid_attention_state,
+    ),
+    Semantic(
+        "window_attention_state.v1(Tensor key, Tensor value, int window, int sinks=0) -> (Tensor, Tensor)",
+        window_attention_state,
+    ),
+    Semantic(
+        "window_attention_step.v1(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor position, "
+        "float? scale, int sinks=0, bool aligned=False) -> (Tensor, Tensor, Tensor)",
+        window_attention_step,
     ),
     Semantic(
         "block_attention.v1(Tensor query, Tensor key, Tensor value, int block, bool causal=False, Tensor? keep=None, "

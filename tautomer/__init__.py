@@ -9,6 +9,7 @@ tautomer.nn has norms for models that will be trained.
 """
 
 from tautomer.backends.form import load_form, save_form
+from tautomer.backends.to_decoder import to_decoder as decoder
 from tautomer.passes.recipes import Compress, Finetune, Inference, LongContext, Training
 from tautomer.rewrite.calibration import Data
 
@@ -53,6 +54,7 @@ __all__ = [
     "capture",
     "catalogue",
     "compiler",
+    "decoder",
     "draw",
     "explain",
     "export_onnx",

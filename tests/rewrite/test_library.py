@@ -26,10 +26,14 @@ BODIES = {
     "packed_attention.v1": "153214808a60",
     "cached_attention.v1": "0ae929cbd774",
     "block_linear.v1": "3fde3f379185",
-    "kernel_attention.v1": "8681f5964d7d",
+    "kernel_attention.v1": "07ea3436544a",
     "kernel_attention_step.v1": "70caf5aa3190",
-    "hybrid_attention.v1": "812bece80f36",
+    "hybrid_attention.v1": "c6f390df3a88",
     "hybrid_attention_step.v1": "3025f17e2141",
+    "kernel_attention_state.v1": "681a8a75f7e1",
+    "hybrid_attention_state.v1": "7cfac5ce6e1c",
+    "window_attention_state.v1": "834e983a049d",
+    "window_attention_step.v1": "44f555093f54",
     "block_attention.v1": "011795f0a924",
     "window_attention.v1": "b43df3cff065",
     "top_attention.v1": "7ed06fe4d711",
@@ -214,6 +218,12 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "hybrid_attention.v1": lambda x: tautomer.hybrid_attention.v1(
         *heads(x), heads(x.square())[0], heads(x.exp())[0], x.sin()[:2, 0], 3
     ),
+    "kernel_attention_state.v1": lambda x: tautomer.kernel_attention_state.v1(*heads(x), -x.exp().view(1, 2, 8, 2)),
+    "hybrid_attention_state.v1": lambda x: tautomer.hybrid_attention_state.v1(*heads(x), heads(x.exp())[0], 3)[0],
+    "window_attention_state.v1": lambda x: tautomer.window_attention_state.v1(*heads(x)[:2], 3, 1)[1],
+    "window_attention_step.v1": lambda x: tautomer.window_attention_step.v1(*_step(x), *_heads(x)[:2], torch.tensor(9), 0.3, 1)[
+        0
+    ],
     "block_attention.v1": lambda x: tautomer.block_attention.v1(*heads(x), 3, True),
     "hybrid_attention_step.v1": lambda x: tautomer.hybrid_attention_step.v1(
         *_step(x), *_step(x)[:2], x.sin()[:, 0], x[:, :2].reshape(1, 4, 1, 2), *_heads(x), torch.tensor(9)
