@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ __all__ = [
     "erased",
     "fake_mode_of",
     "guards_of",
+    "known_translations",
     "load_package",
     "no_new_guards",
     "oblivious_sizes",
@@ -282,3 +285,33 @@ def load_package(file: Path) -> Callable[..., Any]:
     """What ``compile_package`` wrote, as a function with the call that was exported."""
     loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(file))
     return loaded
+
+
+# -- ONNX -----------------------------------------------------------------------------------------------------
+
+_translations: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def known_translations() -> Iterator[None]:
+    """Inside, ``torch.onnx.export`` takes the translations of an opset as it made them for the last file: it reads the
+    signatures of all of them, which takes longer than a small model does.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    make = vars(ONNXRegistry)["from_torchlib"]
+
+    def remembered(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # The operators of torchvision exist once it is imported.
+        key = (args, *sorted(kwargs.items()), "torchvision" in sys.modules)
+        if key not in _translations:
+            _translations[key] = make.__func__(cls, *args, **kwargs)
+        registry = copy.copy(_translations[key])
+        registry.functions = {op: list(known) for op, known in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = classmethod(remembered)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = make
