@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ __all__ = [
     "fake_mode_of",
     "guards_of",
     "in_checkpoint",
+    "known_translations",
     "load_package",
     "no_new_guards",
     "oblivious_sizes",
@@ -325,3 +328,33 @@ def plain_checkpoints() -> Iterator[None]:
     marked = patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator)
     with fx_traceback.preserve_node_meta(), marked:
         yield
+
+
+# -- ONNX -----------------------------------------------------------------------------------------------------
+
+_translations: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def known_translations() -> Iterator[None]:
+    """Inside, ``torch.onnx.export`` takes the translations of an opset as it made them for the last file: it reads the
+    signatures of all of them, which takes longer than a small model does.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    make = vars(ONNXRegistry)["from_torchlib"]
+
+    def remembered(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # The operators of torchvision exist once it is imported.
+        key = (args, *sorted(kwargs.items()), "torchvision" in sys.modules)
+        if key not in _translations:
+            _translations[key] = make.__func__(cls, *args, **kwargs)
+        registry = copy.copy(_translations[key])
+        registry.functions = {op: list(known) for op, known in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = classmethod(remembered)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = make

@@ -33,14 +33,22 @@ from .substitution import compare, dying, erase_dead
 from .symbols import calls_of, may_meet
 from .weights import leaves
 
-_COMPILED: WeakKeyDictionary[Equation, Pattern] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[Any, dict[Hashable, Pattern]] = WeakKeyDictionary()
 
 
-def compiled(rule: Equation) -> Pattern:
-    """The compiled left side of ``rule``, remembered as long as the rule lives."""
-    if rule not in _COMPILED:
-        _COMPILED[rule] = compile_pattern(rule.before)
-    return _COMPILED[rule]
+def compiled(rule: Equation, explain: bool = False) -> Pattern:
+    """The compiled left side of ``rule``, as of ``compile_pattern``; rules of one class with equal attributes share it."""
+    attributes = [(name, type(value), value) for name, value in sorted(vars(rule).items(), key=lambda item: item[0])]
+    owner: Any = type(rule)
+    question: Hashable = (explain, getattr(rule.before, "__code__", rule.before), *attributes)
+    try:
+        hash(question)
+    except TypeError:
+        owner, question = rule, explain
+    patterns = _COMPILED.setdefault(owner, {})
+    if question not in patterns:
+        patterns[question] = compile_pattern(rule.before, explain)
+    return patterns[question]
 
 
 def apply_rules(rules: Sequence[Equation], program: Program, context: Context) -> None:

@@ -27,7 +27,7 @@ from .equation import Equation, Match, dtype, is_vector, rank, require_match, sh
 from .errors import Refused, require
 from .ops import Operand, Ops, OptionalWeight, Scalar, Tensor, Weight
 from .pass_base import Context, Miss
-from .patterns import Pattern, compile_pattern
+from .patterns import Pattern
 from .program import Program, line, path_of, place, source_of
 from .symbols import AnyOf, Call, Fact, Variable
 
@@ -98,7 +98,7 @@ def _nearest(rule: Rule, program: Program, nodes: Iterable[fx.Node]) -> Miss | N
     nodes = [node for node in nodes if node.op == "call_function" and node.target in targets]
     if not nodes:
         return None
-    pattern = compile_pattern(rule.before, explain=True)
+    pattern = compiled(rule, explain=True)
     editor = Editor(program)
     best: Miss | None = None
     for node in nodes:

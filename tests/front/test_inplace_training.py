@@ -47,7 +47,9 @@ def gpt2() -> nn.Module:
 
 
 def optimize_(model: nn.Module, call: Any = (X,), kwargs: Any = None, **options: Any) -> tautomer.Rewriting:
-    return tautomer.optimize_(model, call, kwargs, recipe="training", target="inductor", **options)
+    """At one size, where nothing else is said."""
+    options = {"recipe": "training", "target": "inductor", "dynamic_shapes": "static", **options}
+    return tautomer.optimize_(model, call, kwargs, **options)
 
 
 def steps(model: nn.Module, batch: Tensor = X, count: int = 5, lr: float = 1e-2) -> list[float]:
@@ -74,7 +76,7 @@ def model() -> nn.Module:
 
 def test_adamw_follows_the_trajectory_and_the_weights_are_the_users(model: nn.Module) -> None:
     original, before = copy.deepcopy(model), dict(model.named_parameters())
-    done = optimize_(model)
+    done = optimize_(model, dynamic_shapes="auto")
     assert done.report.fired(RMS) == 3 and not done.edits and isinstance(model[3], nn.LayerNorm)
     assert all(p is before[name] and p.requires_grad for name, p in model.named_parameters())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), original.parameters(), strict=True))
@@ -85,7 +87,7 @@ def test_adamw_follows_the_trajectory_and_the_weights_are_the_users(model: nn.Mo
 
 def test_the_inference_form_leaves_the_trajectory(model: nn.Module) -> None:
     original = copy.deepcopy(model)
-    tautomer.optimize_(model, (X,), target="onnxruntime")
+    optimize_(model, recipe="inference")
     assert max(abs(a - b) for a, b in zip(steps(original), steps(model), strict=True)) > 1e-6
 
 
@@ -93,7 +95,7 @@ def test_the_inference_form_leaves_the_trajectory(model: nn.Module) -> None:
 def test_a_tied_table_trains_from_both_of_its_readers() -> None:
     model = gpt2()
     original = copy.deepcopy(model)
-    done = optimize_(model, (), {"input_ids": IDS})
+    done = optimize_(model, (), {"input_ids": IDS}, dynamic_shapes="auto")
     assert done.report.fired(RMS) == 5 and "transformer.wte" in done.modules
     assert model.lm_head.weight is model.transformer.wte.weight
     assert max(abs(a - b) for a, b in zip(steps(original, IDS), steps(model, IDS), strict=True)) < 1e-12
@@ -166,7 +168,7 @@ def test_folding_leaves_a_tied_table_as_it_is() -> None:
     optimize_(model, (), {"input_ids": IDS})
     steps(model, IDS, 2)
     wanted, table = model(IDS).logits, model.lm_head.weight.detach().clone()
-    done = tautomer.fold_(model, (), {"input_ids": IDS})
+    done = tautomer.fold_(model, (), {"input_ids": IDS}, dynamic_shapes="static")
     assert done.report.fired("fold-weights") and torch.allclose(model(IDS).logits, wanted, rtol=0, atol=1e-12)
     assert torch.equal(model.transformer.wte.weight, table) and model.lm_head.weight is model.transformer.wte.weight
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, BITWISE, FORWARD
-from tautomer.rewrite.engine import apply_rules
+from tautomer.rewrite.engine import apply_rules, compiled
 from tautomer.rewrite.errors import InvalidGraph
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context
@@ -483,3 +483,33 @@ def test_what_the_pattern_does_not_fit_is_said_once_when_nothing_fires_any_more(
     assert {a.rewrite for a in context.log.applications} == {"relu-of-half", "drop-double-neg"}
     places = [(r.rewrite, r.reason) for r in context.log.refusals]
     assert places == [("relu-of-half", "the relu is not halved")] * 2, "of the relu and of the tanh, not of what was rewritten"
+
+
+class Multiplied(Rule):
+    claim = BITWISE
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def before(self, op, x):
+        return op.mul(x, self.factor)
+
+    def after(self, op, x):
+        return op.mul(x, self.factor)
+
+
+def test_a_pattern_is_compiled_once_for_all_rules_of_a_class_that_say_the_same():
+    assert compiled(DoubleIsAdd()) is compiled(DoubleIsAdd()) is not compiled(DoubleIsAdd(), explain=True)
+    assert compiled(Multiplied(2)) is compiled(Multiplied(2)) is not compiled(DoubleIsAdd())
+    factors = (2, 3, 2.0, True)
+    assert len({id(compiled(Multiplied(factor))) for factor in factors}) == 4
+    assert [compiled(Multiplied(factor)).roots[0].args[1] for factor in factors] == list(factors)
+    unhashable = Multiplied(2)
+    unhashable.notes = []
+    assert compiled(unhashable) is compiled(unhashable) is not compiled(Multiplied(2))
+
+
+def test_a_class_whose_left_side_was_exchanged_is_compiled_anew(monkeypatch):
+    known = compiled(DoubleIsAdd())
+    monkeypatch.setattr(DoubleIsAdd, "before", DropDoubleNeg.before)
+    assert compiled(DoubleIsAdd()) is not known and compiled(DoubleIsAdd()).entries[0].target is aten.neg.default

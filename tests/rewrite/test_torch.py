@@ -222,3 +222,20 @@ def test_plain_results():
 
     shown = torch.ones(2, requires_grad=True).mul(3).as_subclass(Shown)
     assert type(shown) is Shown and type(shown * 2) is torch.Tensor and (shown * 2).requires_grad
+
+
+def test_known_translations():
+    """The table is made once for an opset, and what one export adds to it is not there for the next."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    target, own = torch.ops.aten.relu.default, ONNXRegistry.__dict__["from_torchlib"]
+    with _torch.known_translations():
+        first = ONNXRegistry().from_torchlib(opset_version=23)
+        first.register_op(target, lambda x: x)
+        second = ONNXRegistry.from_torchlib(opset_version=23)
+        assert ONNXRegistry.from_torchlib(opset_version=18).opset_version == 18
+    assert ONNXRegistry.__dict__["from_torchlib"] is own
+    assert second.opset_version == 23 and len(first.get_decomps(target)) == len(second.get_decomps(target)) + 1
+    assert second.get_decomps(target)[0] is first.get_decomps(target)[1]
+    fresh = ONNXRegistry.from_torchlib(opset_version=23)
+    assert fresh.functions.keys() == second.functions.keys()

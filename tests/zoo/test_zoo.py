@@ -77,7 +77,7 @@ def test_the_table_covers_the_zoo() -> None:
     assert set(EXPECTED) == set(ZOO)
 
 
-@pytest.mark.parametrize("name", names(all_of_them=True))
+@pytest.mark.parametrize("name", names(all_of_them=True), scope="module")
 def test_what_can_be_converted_is(name: str, optimized: dict[str, Any]) -> None:
     _, _, fast = prepare(optimized, name)
     converted, present, centrings, reasons = EXPECTED[name]
@@ -94,7 +94,7 @@ def test_what_can_be_converted_is(name: str, optimized: dict[str, Any]) -> None:
     assert not any("rolled back" in r.reason for r in report.refusals)
 
 
-@pytest.mark.parametrize("name", names(all_of_them=True))
+@pytest.mark.parametrize("name", names(all_of_them=True), scope="module")
 def test_answers_stay_at_other_batch_sizes(name: str, optimized: dict[str, Any]) -> None:
     model, inputs, fast = prepare(optimized, name)
     for batch in (1, 3):
@@ -103,7 +103,7 @@ def test_answers_stay_at_other_batch_sizes(name: str, optimized: dict[str, Any])
             torch.testing.assert_close(first(fast(**sized)), first(model(**sized)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", names(all_of_them=True))
+@pytest.mark.parametrize("name", names(all_of_them=True), scope="module")
 def test_the_onnx_file_runs_and_agrees(name: str, optimized: dict[str, Any], tmp_path: Path) -> None:
     _, inputs, fast = prepare(optimized, name)
     for shapes in ("auto", "static"):
@@ -119,7 +119,7 @@ def test_the_onnx_file_runs_and_agrees(name: str, optimized: dict[str, Any], tmp
         assert fixed is (shapes == "static")
 
 
-@pytest.mark.parametrize("name", names(all_of_them=True))
+@pytest.mark.parametrize("name", names(all_of_them=True), scope="module")
 def test_a_second_run_changes_nothing(name: str, optimized: dict[str, Any]) -> None:
     _, inputs, fast = prepare(optimized, name)
     again = tautomer.optimize(fast, (), inputs, target="onnxruntime")
