@@ -73,8 +73,8 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 def _write_missing(folder: Path, beside: Path, tensors: dict[str, Tensor]) -> None:
     """Write those of ``tensors`` that no file of the folder has, to ``beside``."""
     there = _stored(folder, tensors, own=False)
-    same = lambda x, y: x.dtype == y.dtype and torch.equal(x, y.cpu())  # noqa: E731
-    other = next((name for name, x in there.items() if not same(x, tensors[name])), None)
+    pairs = ((name, x, tensors[name].cpu()) for name, x in there.items())
+    other = next((name for name, x, own in pairs if x.dtype != own.dtype or not torch.equal(x, own)), None)
     if other is not None:
         raise UsageError(f"{folder} has another '{other}'", hint="save the weights there first: model.save_pretrained(folder)")
     if missing := {name: x.cpu().contiguous() for name, x in tensors.items() if name not in there}:
