@@ -108,8 +108,8 @@ class FactorLinears(Pass):
     def __init__(self, ratio: float = 0.6, *, allocation: Allocation = "predicted", multiple: int = 8, generations: int = 0,
                  error: Error = "outputs", calls: int = 4, tokens: str = "attention_mask", sequential: bool = False,
                  seed: int = 0) -> None:  # fmt: skip
-        if not ratio > 0:
-            raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
+        if not isinstance(ratio, (int, float)) or not ratio > 0:
+            raise UsageError(f"ratio is {ratio!r}", hint="the part of the parameters that is left, between 0 and 1")
         if allocation not in get_args(Allocation):
             raise UsageError(f"allocation is {allocation!r}", hint=" or ".join(map(repr, get_args(Allocation))))
         if error not in get_args(Error):

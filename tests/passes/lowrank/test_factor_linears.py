@@ -169,7 +169,7 @@ def test_with_live_edits_it_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ratio": 0}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"}]
+    "options", [{"ratio": 0}, {"ratio": "0.5"}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"}]
 )
 def test_wrong_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
