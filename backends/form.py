@@ -76,13 +76,16 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 def _write_missing(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write those of ``tensors`` that no file of the folder has."""
     there = _stored(folder, tensors, own=False)
-    same = lambda x, y: x.dtype == y.dtype and torch.equal(x, y.cpu())  # noqa: E731
-    other = next((name for name, x in there.items() if not same(x, tensors[name])), None)
+    other = next((name for name, x in there.items() if not _same(x, tensors[name].cpu())), None)
     if other is not None:
         raise UsageError(f"{folder} has another '{other}'", hint="save the weights there first: model.save_pretrained(folder)")
     (folder / _OWN).unlink(missing_ok=True)
     if missing := {name: x.cpu().contiguous() for name, x in tensors.items() if name not in there}:
         save_file(missing, folder / _OWN)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _stored(folder: Path, wanted: Collection[str], own: bool = True) -> dict[str, Tensor]:
