@@ -73,14 +73,17 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 def _write_missing(folder: Path, beside: Path, tensors: dict[str, Tensor]) -> None:
     """Write those of ``tensors`` that no file of the folder has, to ``beside``."""
     there = _stored(folder, tensors, own=False)
-    pairs = ((name, x, tensors[name].cpu()) for name, x in there.items())
-    other = next((name for name, x, own in pairs if x.dtype != own.dtype or not torch.equal(x, own)), None)
+    other = next((name for name, x in there.items() if not _same(x, tensors[name].cpu())), None)
     if other is not None:
         raise UsageError(f"{folder} has another '{other}'", hint="save the weights there first: model.save_pretrained(folder)")
     if missing := {name: x.cpu().contiguous() for name, x in tensors.items() if name not in there}:
         save_tensors(missing, beside / _OWN)
     else:
         (folder / _OWN).unlink(missing_ok=True)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _stored(folder: Path, wanted: Collection[str], own: bool = True) -> dict[str, Tensor]:

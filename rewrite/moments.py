@@ -29,7 +29,7 @@ def moments(
         tokens: the input that is not zero where a token counts, if the model has one. A value of another shape counts whole.
 
     Raises:
-        UsageError: as of ``Data.watch`` and ``Data.checkpoint``, or a value is not finite.
+        UsageError: as of ``Data.watch`` and ``Data.checkpoint``, a value is not finite, or no token counts.
     """
     mask_input = next((node for node in program.placeholders if node.target == tokens), None)
     inputs = program.placeholders
@@ -59,6 +59,11 @@ def moments(
         found[node] = added(found.get(node), rows)
 
     data.watch(program, [node for node in (mask_input, *values) if node is not None], see, kept=kept)
+    if empty := [node for node in values if node not in found or not found[node].count]:
+        what = f"no token of data counts: nothing was seen of '{empty[0].name}' at {place(empty[0])}"
+        raise UsageError(
+            what, hint=f"'{tokens}' is not zero where a token counts" if mask_input is not None else "calls with rows"
+        )
     return found
 
 

@@ -171,7 +171,8 @@ class Blocks:
         after, outcome, code = Job(program, self.inside, context, self.target, block.code).settle(self.check)
         cleanup = {p.name for p in self.inside if p.phase == "cleanup"}
         fired = any(a.rewrite not in cleanup for a in outcome.log.applications)
-        require(fired, next((r.reason for r in outcome.log.refusals if was_given_up(r)), "nothing fits in it alone"))
+        nothing = "nothing fits in it alone" + (", where there is no data" if self.context.data is not None else "")
+        require(fired, next((r.reason for r in outcome.log.refusals if was_given_up(r)), nothing))
         if self.target is not None and not _computes(after):
             raise _Worthless("its new code would name what it computes already")
         return outcome, code.text, after.mode

@@ -122,8 +122,8 @@ class FactorLinears(Pass):
     def __init__(self, ratio: float = 0.6, *, of: Of = "parameters", allocation: Allocation = "predicted",
                  multiple: int | None = None, generations: int = 0, error: Error = "outputs", calls: int = 4,
                  tokens: str = "attention_mask", sequential: bool = False, seed: int = 0) -> None:  # fmt: skip
-        if not ratio > 0:
-            raise UsageError(f"ratio is {ratio}", hint="the part of the parameters that is left, between 0 and 1")
+        if not isinstance(ratio, (int, float)) or not ratio > 0:
+            raise UsageError(f"ratio is {ratio!r}", hint="the part of the parameters that is left, between 0 and 1")
         if of not in get_args(Of):
             raise UsageError(f"of is {of!r}", hint=" or ".join(map(repr, get_args(Of))))
         if allocation not in get_args(Allocation):

@@ -48,3 +48,9 @@ def test_the_call_is_named() -> None:
     calls[1][0][0, 0, 1] = torch.nan
     with pytest.raises(UsageError, match=r"data\[1\]: 'x'.* holds NaN or infinity"):
         of(calls)
+
+
+def test_where_no_token_counts_it_is_said() -> None:
+    x, mask = call(2, 5)
+    with pytest.raises(UsageError, match="no token of data counts: nothing was seen of 'x'"):
+        of([(x, torch.zeros_like(mask))])

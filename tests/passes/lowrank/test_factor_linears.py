@@ -229,8 +229,8 @@ def test_with_live_edits_it_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ratio": 0}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"}, {"of": "bytes"},
-     {"of": "latency", "allocation": "threshold"}],
+    "options", [{"ratio": 0}, {"ratio": "0.5"}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"},
+     {"of": "bytes"}, {"of": "latency", "allocation": "threshold"}],
 )  # fmt: skip
 def test_wrong_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
