@@ -7,8 +7,8 @@ Peers in the same run, all of them through ``FactorLinears``: the plain SVD; a s
 arXiv:2312.05821: a diagonal covariance); the whole covariance at one ratio in every layer (SVD-LLM with its bias corrected,
 arXiv:2403.07378), and with the budget where measured losses send it; ours, with errors counted by what the outputs lose, and with
 the layers fitted in order, each behind the factored ones before it. Ranks are multiples of 8 only where it says so.
-``--generations`` adds a search, ``--recover`` trains each for some steps, AdamW at up to 3e-4, on other windows of the text that
-the model was trained on. Parameters are those of the whole model, seconds those of the rewrite.
+``--generations`` adds a search, ``--recover`` trains each for some steps of AdamW, on other windows of the text that the model was
+trained on. Parameters are those of the whole model, seconds those of the rewrite.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Labelled(nn.Module):
         return output
 
 
-def recover(model: nn.Module, text: Tensor, steps: int, size: int) -> None:
+def recover(model: nn.Module, text: Tensor, steps: int, size: int, rate: float) -> None:
     """AdamW on windows that no row was calibrated on, the same for every row. The rate falls to nothing, its noise with it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     labelled = Labelled(model)  # captured in eval mode; the model drops nothing out
     for ids in windows(text, steps, size, seed=2):
         labelled(ids, ids).loss.backward()
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="of 16 windows, to calibrate on")
     parser.add_argument("--evaluate", type=int, default=16, help="batches of 64 windows")
     parser.add_argument("--recover", type=int, default=0, help="steps of training afterwards")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of it, at its highest")
     parser.add_argument("--size", type=int, default=4, help="windows in a step of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,7 +91,7 @@ def main() -> None:
     print(f"|{'---|' * (6 if options.recover else 5)}")
     if options.recover:
         trained = copy.deepcopy(model)
-        recover(trained, text, options.recover, options.size)
+        recover(trained, text, options.recover, options.size, options.rate)
         after = cross_entropy(Labelled(trained), held_out, options.evaluate) - dense
         print(f"| none | dense | 0 | {after:+.4f} | {sum(p.numel() for p in model.parameters()):,} | 0 |", flush=True)
     ffn = [f"transformer.h.{layer}.mlp" for layer in range(model.config.n_layer)]
@@ -120,7 +121,7 @@ def main() -> None:
             seconds = perf_counter() - start
             row = [f"{what} at {ratio}", name, f"{cross_entropy(Labelled(fast), held_out, options.evaluate) - dense:+.4f}"]
             if options.recover:
-                recover(fast, text, options.recover, options.size)
+                recover(fast, text, options.recover, options.size, options.rate)
                 row.append(f"{cross_entropy(Labelled(fast), held_out, options.evaluate) - dense:+.4f}")
             row += [f"{fast.report.after.parameters:,}", f"{seconds:.0f}"]
             print(f"| {' | '.join(row)} |", flush=True)

@@ -12,6 +12,9 @@ Where an error e of the output costs e^T G e, the error is weighed with a root R
 
     W ≈ R^-1 P_r (P_r^T R W),    P_r the first r eigenvectors of R W C W^T R
 
+The factors are then scaled until a column of the one is as long as the row of the other that it meets: R is as small as gradients
+are, and factors of such different sizes neither train (a step of Adam is as long in both) nor fit into half precision.
+
 With the G that ``sensitivities`` measures, the tails of all layers speak of one thing, what the outputs of the model lose (to
 second order, as if layers erred independently), and may be compared and summed.
 
@@ -66,7 +69,8 @@ class Factors:
 
     Attributes:
         left: [m, min(m, n)], R^-1 P, the most important column first.
-        right: [m, min(m, n)], R P. Both are P, orthonormal, where R = 1.
+        right: [m, min(m, n)], R P. Both are P, orthonormal, where R = 1; elsewhere they are scaled, one
+            against the other.
         tail: [min(m, n) + 1]; ``tail[r]`` is E (W x - W' x)^T G (W x - W' x) at rank r.
     """
 
@@ -86,7 +90,7 @@ class Factors:
 
 def factor(W: Tensor, C: Tensor | None = None, G: Tensor | None = None) -> Factors:
     """The factors of W [m, n] under C [n, n] and G [m, m], by default identities; computed in float64."""
-    W = W.double()
+    W = given = W.double()
     R, inverse = (None, None) if G is None else _roots(G.double())
     if R is not None:
         W = R @ W
@@ -96,7 +100,12 @@ def factor(W: Tensor, C: Tensor | None = None, G: Tensor | None = None) -> Facto
         W = W @ (vectors * values.clamp_min(floor).sqrt())
     P, s, _ = torch.linalg.svd(W, full_matrices=False)
     tail = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)])
-    return Factors(P, P, tail) if R is None or inverse is None else Factors(inverse @ P, R @ P, tail)
+    if R is None or inverse is None:
+        return Factors(P, P, tail)
+    left, right = inverse @ P, R @ P
+    columns, rows = left.norm(dim=0), (right.T @ given).norm(dim=1)
+    scale = (columns / rows.clamp_min(FLOOR * rows.max())).sqrt() if rows.any() else torch.ones_like(rows)
+    return Factors(left / scale, right * scale, tail)
 
 
 def _roots(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,3 +119,20 @@ def test_an_error_counts_as_much_as_it_costs_and_the_tail_says_what() -> None:
     torch.testing.assert_close(weighed.product(W, 6), W, rtol=1e-10, atol=1e-10)
     same = factor(W, C, torch.eye(9, dtype=torch.float64))
     torch.testing.assert_close(same.product(W, 3), plain.product(W, 3), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0])
+def test_factors_are_of_one_size_however_small_the_gradients_are(size: float) -> None:
+    """A step of Adam is as long in both, and half precision holds both."""
+    W = torch.randn(9, 6, dtype=torch.float64)
+    W[:, 4:] = 0
+    X = torch.randn(200, 6, dtype=torch.float64)
+    A = torch.randn(9, 9, dtype=torch.float64)
+    factors = factor(W, X.T @ X / len(X), size * (A @ A.T))
+    columns, rows = factors.left.norm(dim=0), (factors.right.T @ W).norm(dim=1)
+    torch.testing.assert_close(columns[:4], rows[:4], rtol=1e-9, atol=0)
+    assert float(columns[:4].min()) > 0.1 and float(columns[:4].max()) < 10
+    assert factors.left.float().isfinite().all() and factors.right.float().isfinite().all()
+    torch.testing.assert_close(factors.product(W, 6), W, rtol=1e-9, atol=1e-9)
+    nothing = factor(torch.zeros_like(W), None, size * (A @ A.T))
+    assert nothing.left.float().isfinite().all() and nothing.right.float().isfinite().all()
