@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from .attention_report import TRAIN, AttentionReport
+from .attention_report import TRAIN, AttentionReport, Place
 from .claims import ARCHITECTURE
 from .evidence import Evidence
 from .memory_plan import MemoryPlan
@@ -103,8 +103,18 @@ class Report:
 
     @property
     def attentions(self) -> tuple[AttentionReport, ...]:
-        """What each rewrite that replaces attentions made of them; ``tautomer.draw(report, path)`` draws it."""
-        return tuple(self.log.attentions)
+        """What each rewrite that replaces attentions made of them; ``tautomer.draw(report, path)`` draws it.
+
+        As the applications have it: what is written in place may settle later than what a rewrite planned.
+        """
+        made, why = {a.id for a in self.applications}, {refusal.id: refusal.reason for refusal in self.refusals}
+
+        def settled(place: Place) -> Place:
+            if (place.id in made) == place.replaced:
+                return place
+            return replace(place, replaced=not place.replaced, reason="" if place.id in made else why.get(place.id, place.reason))
+
+        return tuple(replace(found, places=tuple(map(settled, found.places))) for found in self.log.attentions)
 
     def fired(self, rewrite: str) -> int:
         """How many times a rewrite fired."""
@@ -114,6 +124,7 @@ class Report:
         """The same facts as plain data (JSON-ready)."""
         data = asdict(self)
         del data["log"]["_refused"]
+        data["log"]["attentions"] = [asdict(found) for found in self.attentions]
         return data
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -159,9 +159,14 @@ def valued(site: AttentionSite, values: Mapping[fx.Node, Tensor]) -> AttentionSi
     return replace(site, query=q, key=k, value=v, padding=padding, mask=mask)  # type: ignore[arg-type]
 
 
+def for_queries(op: Ops, site: AttentionSite, x: Operand) -> Operand:
+    """A head of keys or values for every head of the queries."""
+    return x if site.groups == 1 else op(aten.repeat_interleave.self_int)(x, site.groups, 1)
+
+
 def keys_for_queries(op: Ops, site: AttentionSite) -> Operand:
     """A head of keys for every head of the queries."""
-    return site.key if site.groups == 1 else op(aten.repeat_interleave.self_int)(site.key, site.groups, 1)
+    return for_queries(op, site, site.key)
 
 
 def kept(op: Ops, site: AttentionSite) -> Operand:

@@ -27,7 +27,7 @@ from tautomer.rewrite.ops import Operand, Ops
 from tautomer.rewrite.rules import shape
 
 from .feature_maps import Heads
-from .learned_attention import LearnedAttention, kept
+from .learned_attention import LearnedAttention, for_queries, kept, keys_for_queries
 
 LAYERS = ("gate", "segment", "local")
 """O, S and L."""
@@ -56,7 +56,6 @@ class PonetAttention(LearnedAttention):
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)
-        require(site.groups == 1, f"a head of keys serves {site.groups} heads of queries, and pooling takes them side by side")
         require(site.width == int(shape(site.value)[-1]), "keys are values of its mean, and have another width")
 
     def initial(self, given: Heads, draw: torch.Generator) -> dict[str, Tensor]:
@@ -65,10 +64,10 @@ class PonetAttention(LearnedAttention):
         return {f"{name}.{part}": x for name, W in weights.items() for part, x in (("weight", W), ("bias", torch.zeros(d)))}
 
     def core(self, op: Ops, site: AttentionSite, weights: Mapping[str, Operand]) -> Operand:
-        v = op.flatten(op.transpose(site.value, 1, 2), 2)
+        v = op.flatten(op.transpose(for_queries(op, site, site.value), 1, 2), 2)
         made = (op.linear(v, weights[f"{name}.weight"], weights[f"{name}.bias"]) for name in LAYERS)
         heads = (op.transpose(op.unflatten(x, -1, [site.heads, site.width]), 1, 2) for x in made)
-        return op.ponet_attention(site.query, site.key, *heads, kept(op, site), self.segments, self.window)
+        return op.ponet_attention(site.query, keys_for_queries(op, site), *heads, kept(op, site), self.segments, self.window)
 
     def flops(self, site: AttentionSite, n: int) -> float:
         return n * site.width * (6.0 * site.heads * site.width + self.window + 10)

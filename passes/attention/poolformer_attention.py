@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from math import isqrt, prod
 from typing import Any, ClassVar
 
-import torch
-
 from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import ARCHITECTURE
 from tautomer.rewrite.emit import GraphOps
@@ -24,7 +22,7 @@ from tautomer.rewrite.errors import Refused, UsageError, require
 from tautomer.rewrite.rules import shape
 from tautomer.rewrite.shapes import static
 
-from .learned_attention import kept
+from .learned_attention import for_queries, kept
 from .untrained_attention import UntrainedAttention
 
 
@@ -81,7 +79,7 @@ class PoolformerAttention(UntrainedAttention):
         return isqrt(patches), isqrt(patches)
 
     def emit(self, op: GraphOps, site: AttentionSite, fact: Any) -> Any:
-        v = site.value if site.groups == 1 else op(torch.ops.aten.repeat_interleave.self_int)(site.value, site.groups, 1)
+        v = for_queries(op, site, site.value)
         return op.poolformer_attention(v, kept(op, site), self.size, list(self.grid_of(site)), self.prefix, site.causal)
 
     def flops(self, site: AttentionSite, n: int) -> float:

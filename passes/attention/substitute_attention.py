@@ -72,7 +72,7 @@ class SubstituteAttention(Pass):
             for site in sites:
                 context.refused(self, site.node, f"how far the outputs move is not known: {NO_DATA}")
             sites = []
-        known = {identify(self, site.node): {"learning": self.learnt(facts[site.node])} for site in sites}
+        known: dict[str, dict[str, Any]] = {identify(self, x.node): {"learning": self.learnt(facts[x.node])} for x in sites}
         errors, chosen, moved = dict[fx.Node, float](), None, None
         if data is None or not sites:
             made = self.put(program, sites, facts, errors, context)

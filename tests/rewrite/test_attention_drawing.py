@@ -13,7 +13,7 @@ from tautomer.rewrite.attention_drawing import draw_attentions
 from tautomer.rewrite.attention_report import AttentionReport, Learning, Place
 from tautomer.rewrite.divergence import Moved
 from tautomer.rewrite.errors import UsageError
-from tautomer.rewrite.pass_base import Log
+from tautomer.rewrite.pass_base import Application, Log
 from tautomer.rewrite.report import Report, Size
 
 REASON = "its mask is <nothing> that it can represent: " + "a long story " * 20
@@ -56,7 +56,8 @@ def test_a_long_sentence_is_there_in_whole() -> None:
 
 
 def test_a_report_is_drawn_by_the_front_door(tmp_path: Path) -> None:
-    report = Report("Model", "eager", Log(attentions=[REPORT]), (), Size(0, 0, {}), Size(0, 0, {}))
+    made = [Application("hybrid", place.id) for place in REPORT.replaced]
+    report = Report("Model", "eager", Log(made, attentions=[REPORT]), (), Size(0, 0, {}), Size(0, 0, {}))
     assert tautomer.draw(report, tmp_path / "attentions.svg").read_text() == draw_attentions([REPORT])
     with pytest.raises(UsageError, match="says nothing of attentions"):
         tautomer.draw(Report("Model", "eager", Log(), (), Size(0, 0, {}), Size(0, 0, {})), tmp_path / "none.svg")

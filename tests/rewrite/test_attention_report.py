@@ -9,7 +9,7 @@ import pytest
 from tautomer.rewrite.attention_report import AttentionReport, Learning, Place, Selection
 from tautomer.rewrite.divergence import Moved
 from tautomer.rewrite.evidence import Difference, Evidence
-from tautomer.rewrite.pass_base import Log, Refusal
+from tautomer.rewrite.pass_base import Application, Log, Refusal
 from tautomer.rewrite.report import Report, Size
 
 PLACES = (
@@ -22,6 +22,7 @@ MOVED = Moved("KL of the logits", 0.0123, 0.02, 0.975, 8)
 
 def text(attentions: AttentionReport) -> str:
     log, size = Log(attentions=[attentions]), Size(0, 0, {})
+    log.applications += [Application(place.id.partition("@")[0], place.id) for place in attentions.replaced]
     log.refuse(Refusal("hybrid", PLACES[2].id, PLACES[2].reason))
     log.refuse(Refusal("other", "other@h.0/linear", "another reason"))
     evidence = Evidence(0.0, differences=(Difference("hybrid", attentions.claim, 0.2),))

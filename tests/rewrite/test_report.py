@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tautomer.rewrite.attention_report import AttentionReport, Place
 from tautomer.rewrite.pass_base import Application, Estimate, Log, Refusal
 from tautomer.rewrite.report import Report, Size
 from tautomer.rewrite.target import Gain
@@ -29,3 +30,14 @@ def test_predicted_and_measured_stand_beside_each_other() -> None:
         "rewrite": "factor", "id": "factor@h.0.fc/linear", "what": "relative error", "predicted": 0.125, "measured": 0.25,
         "source": None,
     }  # fmt: skip
+
+
+def test_what_became_of_an_attention_is_what_was_applied_in_the_end() -> None:
+    """Written in place, a block may take what the model as a whole gave up, and the other way round."""
+    places = (Place("window@h.0/sdpa", False, "given up at first"), Place("window@h.1/sdpa", True, error=0.1))
+    log = Log([Application("window", "window@h.0/sdpa")], attentions=[AttentionReport("window", "approximate", places)])
+    log.refuse(Refusal("window", "window@h.1/sdpa", "it cannot be written back"))
+    report = Report("Model", "eager", log, (), Size(0, 0, {}), Size(0, 0, {}))
+    found = [(place.replaced, place.reason) for place in report.attentions[0].places]
+    assert found == [(True, ""), (False, "it cannot be written back")]
+    assert [place["replaced"] for place in report.as_dict()["log"]["attentions"][0]["places"]] == [True, False]
