@@ -2,6 +2,7 @@
 
     rms_norm(x, [d])          ->  RMSNormalization(x, ones[d])                since opset 23
     attention(q, k, v)        ->  Attention(q, k, v)                          since opset 23
+    sort(x, stable)           ->  TopK(x, all of them)                        of everything
     add_layer_norm(x, r)      ->  LayerNormalization(Sum(x, r))               CPU
     add_layer_norm(x, r)      ->  SkipLayerNormalization(x, r)                CUDA
     add_rms_norm(x, r)        ->  SkipSimplifiedLayerNormalization(x, r)      CUDA
@@ -28,6 +29,7 @@ from onnxscript import onnx_opset
 
 from tautomer.rewrite.library import tautomer
 
+opset18: Any = onnx_opset.opset18
 opset23: Any = onnx_opset.opset23
 Translation = Callable[..., Any]
 
@@ -143,6 +145,13 @@ def _size(x: Any, axis: int) -> Callable[[], Any]:
     return lambda: opset23.Shape(x, start=axis, end=axis + 1)
 
 
+def stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """``aten.sort.stable`` as one TopK of everything, which puts what is equal in the order of its places."""
+    axis = dim % len(x.shape)
+    values, places = opset18.TopK(x, opset18.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
+    return values, places
+
+
 def add_layer_norm(
     x: Any, residual: Any, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> tuple[Any, Any]:
@@ -230,6 +239,7 @@ class Row:
 _WIDE = (torch.float32, torch.float64, torch.float16)
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _NEVER = "not run here"
+_ONLY = "torch writes none"
 ROWS: tuple[Row, ...] = (
     Row(23, "", torch.ops.aten.rms_norm.default, rms_norm, _WIDE, "with an Add 52 µs, decomposed 98 µs"),
     Row(
@@ -238,6 +248,7 @@ ROWS: tuple[Row, ...] = (
     Row(23, "", tautomer.packed_attention.v1, packed_attention, _WIDE, "992 µs with transposes, 863 µs"),
     Row(23, "", tautomer.cached_attention.v1, cached_attention, _WIDE, "75 µs"),
     Row(18, "cpu", tautomer.add_layer_norm.v1, sum_layer_norm, _WIDE, "73 µs, which ONNX Runtime makes 495 µs of an Add"),
+    Row(18, "", torch.ops.aten.sort.stable, stable_sort, (torch.float32, torch.int64), _ONLY),
     Row(23, "cuda", tautomer.add_layer_norm.v1, add_layer_norm, _NARROW, _NEVER),
     Row(23, "cuda", tautomer.add_rms_norm.v1, add_rms_norm, _NARROW, _NEVER),
 )
@@ -248,6 +259,6 @@ def table(opset: int, provider: str = "cpu") -> dict[Callable[..., Any], Transla
 
     Example:
         >>> len(table(18)), len(table(23)), len(table(23, "cuda"))
-        (1, 5, 6)
+        (2, 6, 7)
     """
     return {row.op: row.translate for row in ROWS if opset >= row.since and row.provider in ("", provider)}

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from tautomer.rewrite._torch import known_translations, oblivious_sizes
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.lean import LEAN
-from tautomer.rewrite.program import Program
+from tautomer.rewrite.library import tautomer
+from tautomer.rewrite.program import Program, arguments
+from tautomer.rewrite.shapes import static
 
 from .files import free_axes, staged, writable
 from .liger import FORWARD
@@ -113,6 +115,8 @@ def to_onnx(
     """
     target = writable(path, "model.onnx")
     _validate(program, provider, opset)
+    if dynamic:
+        refuse_unrolled(program)
     module = _flat(program)
     onnx_program = _translate(program, module, table(opset, provider), opset, dynamic)
     model = onnx_program.model
@@ -158,6 +162,28 @@ def _validate(program: Program, provider: str, opset: int) -> None:
         raise ExportError(
             f"{program.name} takes or returns complex numbers, and complex numbers are not supported by ONNX",
             hint="torch.view_as_real at the border",
+        )
+
+
+UNROLLED = 16
+"""The most levels of HyperAttentions of free length that are written: each takes some 15 seconds, most of it in torch.export."""
+
+
+def refuse_unrolled(program: Program) -> None:
+    """Refuse causal HyperAttentions that would be unrolled for minutes; made to be asked before a program is captured again.
+
+    Raises:
+        ExportError: their levels, one for each doubling from ``leaf`` to ``longest`` positions, are more than ``UNROLLED``.
+    """
+    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v1)]
+    free = [x for x in given if x["causal"] and static(x["query"].meta["val"].shape[-2]) is None]
+    levels = sum(max(0, ((x["longest"] - 1) // x["leaf"]).bit_length()) for x in free)
+    if levels > UNROLLED:
+        raise ExportError(
+            f"the {len(free)} HyperAttentions of {program.name} have {levels} levels in all, and each is written out, in some 15 "
+            f"seconds: more than {UNROLLED} are refused",
+            hint="a smaller longest or a larger leaf (one level for each doubling between them), fewer layers=, or "
+            "dynamic_shapes='static'",
         )
 
 

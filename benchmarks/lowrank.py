@@ -7,8 +7,8 @@ Peers in the same run, all of them through ``FactorLinears``: the plain SVD; a s
 arXiv:2312.05821: a diagonal covariance); the whole covariance at one ratio in every layer (SVD-LLM with its bias corrected,
 arXiv:2403.07378), and with the budget where measured losses send it; ours, with errors counted by what the outputs lose, and with
 the layers fitted in order, each behind the factored ones before it. Ranks are multiples of 8 only where it says so.
-``--generations`` adds a search, ``--recover`` trains each for some steps of AdamW, on other windows of the text that the model was
-trained on. Parameters are those of the whole model, seconds those of the rewrite.
+``--generations`` adds a search, ``--recover`` trains each for some steps of AdamW, on other windows of the text that the model
+was trained on. Parameters are those of the whole model, seconds those of the rewrite.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernel_attention import divided, from_chunks, in_chunks, in_turn, kept_at, pieces, served, shifted, side_by_side, widened
 from .nearest_keys import latest
@@ -80,7 +81,7 @@ def blocks_in_turn(
 ) -> Tensor:
     """``hybrid_attention``, one block of queries after the other; each sees its own block and the one before."""
     block, scale = window * -(-32 // window), query.shape[-1] ** -0.5 if scale is None else scale
-    gamma = torch.sigmoid(gate.to(torch.promote_types(query.dtype, torch.float32)))[:, None, None]
+    gamma = F.logsigmoid(gate.to(torch.promote_types(query.dtype, torch.float32)))[:, None, None]
     state, rows = torch.zeros(()), list[Tensor]()
     for at in pieces(query.shape[-2], block):
         first = max(0, at.start - block)
@@ -93,8 +94,8 @@ def blocks_in_turn(
         if now is not None:
             seen = near & served(now.unsqueeze(-1), query.shape[-3]).mT
         scores = (q * scale @ k.mT).masked_fill(~seen, -torch.inf)
-        a = (scores - top_of(scores)).exp() * gamma
-        y = (a + (f @ h.mT).masked_fill(near | (j > i), 0.0)) @ v
+        a = (scores - (top_of(scores) - gamma)).exp()
+        y = torch.where(near | (j > i), a, f @ h.mT) @ v
         rows.append(divided(y + f @ state if at.start > block else y, True).to(value.dtype).transpose(1, 2))
         gone = at.start - first
         state = state + h[..., :gone, :].mT @ v[..., :gone, :]

@@ -64,6 +64,10 @@ def kernel_attention(
     return side_by_side(divided(y, normalized).to(value.dtype))
 
 
+MILD = 32.0
+"""A decay over a chunk, as a logarithm, whose inverse is a number in single precision, like its products with all others."""
+
+
 def one_by_one(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor | None, keep: Tensor | None, normalized: bool, chunk: int
 ) -> Tensor:
@@ -72,9 +76,13 @@ def one_by_one(
     for at in pieces(query.shape[-2], chunk):
         q, k, v = widened(query[..., at, :], key[..., at, :], value[..., at, :], kept_at(keep, at), normalized)
         G = None if g is None else g[..., at, :].cumsum(-2)
-        y = weighted(q, k, G) @ v
+        f = q if G is None else q * G.exp()
+        if G is None or G.shape[-1] == 1 or bool(G.amin() < -MILD):
+            y = weighted(q, k, G) @ v
+        else:  # exp(G_i - G_j) apart: its parts are far from overflow
+            y = (f @ (k * (-G).exp()).mT).tril() @ v
         if rows:
-            y = y + (q if G is None else q * G.exp()) @ state
+            y = y + f @ state
         if at.stop < query.shape[-2]:
             state = behind(k, v, G, state)
         rows.append(divided(y, normalized).to(value.dtype).transpose(1, 2))

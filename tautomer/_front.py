@@ -20,7 +20,7 @@ from tautomer.backends.files import staged, writable
 from tautomer.backends.onnx_table import ROWS
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.targets import TARGETS, resolve
-from tautomer.backends.to_onnx import OnnxReport, to_onnx
+from tautomer.backends.to_onnx import OnnxReport, refuse_unrolled, to_onnx
 from tautomer.backends.to_package import PackageReport, to_package
 from tautomer.backends.to_python import PythonReport
 from tautomer.backends.to_python import to_python as write_python
@@ -354,6 +354,8 @@ def export_onnx(
 
     Example: ``export_onnx(fast, "model.onnx", args, kwargs)``
     """
+    if isinstance(model, Rewritten) and model.program is not None and dynamic_shapes != "static":
+        refuse_unrolled(model.program)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     report = getattr(model, "report", None)
     rewrites = tuple(dict.fromkeys(f"{a.rewrite} ({a.claim})" for a in report.applications)) if isinstance(report, Report) else ()

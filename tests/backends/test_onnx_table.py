@@ -140,6 +140,14 @@ def test_packed_heads(heads, shared, causal, dtype, opset):
     close(found, call(*inputs), 5e-3 if dtype == torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize(("opset", "dim", "descending"), [(18, -1, False), (23, 1, True)])
+def test_equal_values_are_sorted_by_their_places(opset, dim, descending):
+    x = torch.randint(3, (2, 9, 5))
+    model, *found = run(lambda x: tuple(torch.sort(x, dim=dim, descending=descending, stable=True)), x, opset=opset)
+    assert kinds(model)["TopK"] == 1
+    assert all(map(torch.equal, found, torch.sort(x, dim=dim, descending=descending, stable=True)))
+
+
 @pytest.mark.parametrize(
     ("op", "function"),
     [

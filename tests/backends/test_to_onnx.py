@@ -15,8 +15,9 @@ from torch.onnx import ONNXProgram
 from transformers import RwkvConfig, RwkvModel
 from zoo.models import ZOO
 
+import tautomer
 from tautomer.backends import to_onnx as module
-from tautomer.backends.to_onnx import OnnxReport, to_onnx
+from tautomer.backends.to_onnx import OnnxReport, refuse_unrolled, to_onnx
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import ExportError, UsageError
 
@@ -321,3 +322,18 @@ def test_a_block_in_bfloat16_names_the_op_without_a_kernel(tmp_path):
     ):
         to_onnx(captured, tmp_path / "m.onnx")
     assert leftovers(tmp_path) == []
+
+
+class Causal(nn.Module):
+    def forward(self, x):
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+
+def test_hyper_attentions_that_would_be_unrolled_for_minutes_are_refused(tmp_path):
+    x = (torch.randn(2, 9, 8),)
+    recipe = tautomer.LongContext("hyper", block=2, samples=2, leaf=4, longest=2**20)
+    fast = tautomer.optimize(Causal().eval(), x, recipe=recipe, check=False)
+    with pytest.raises(ExportError, match=r"have 18 levels in all.*more than 16 are refused"):
+        tautomer.export_onnx(fast, tmp_path / "model.onnx")
+    refuse_unrolled(tautomer.optimize(Causal().eval(), x, recipe=recipe, check=False, dynamic_shapes="static").program)

@@ -43,6 +43,7 @@ DECAYS: dict[str, Callable[[int, int], Tensor | None]] = {
     "a number per step": lambda n, f: -torch.rand(2, 4, n, 1, dtype=F64),
     "a gate per step and channel": lambda n, f: -torch.rand(2, 4, n, f, dtype=F64),
     "strong decay": lambda n, f: -100 * torch.rand(4, 1, 1, dtype=F64),
+    "strong gates": lambda n, f: -40 * torch.rand(2, 4, n, f, dtype=F64),
 }
 
 
