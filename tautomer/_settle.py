@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from tautomer.backends.correspondence import Fault
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
+from tautomer.rewrite.errors import require
 from tautomer.rewrite.pass_base import Application, Context, Log, Pass, Refusal
 from tautomer.rewrite.pipeline import Outcome, run_passes
 from tautomer.rewrite.program import Program
@@ -39,7 +40,11 @@ class Job(Generic[P]):
     plan: Callable[[Program], P]
 
     def settle(self, check: bool) -> tuple[Program, Outcome, P]:
-        """The rewriting without what cannot be written back, each of which is a refusal."""
+        """The rewriting without what cannot be written back, each of which is a refusal.
+
+        Raises:
+            Refused: not even the captured program can be.
+        """
         refusals: list[Refusal] = []
         checked = self.context.data is not None  # what measures is not done twice, if it can be written back at once
         while True:
@@ -75,6 +80,7 @@ class Job(Generic[P]):
         names = dict.fromkeys(a.rewrite for a in reversed(outcome.log.applications))
         wholes = [Refusal(name, name, _sentence(fault)) for name in names if name not in _LAST_NAMES]
         mends = (w for w in wholes if fault not in self.attempt([*refusals, w], check=False)[2].faults)
+        require(wholes, fault.reason)  # no rewrite is to blame: it cannot be written back as it is
         whole = next(mends, wholes[0])
         made = [a for a in outcome.log.applications if a.rewrite == whole.rewrite and path_of(a.id)]
         return [whole, *(_given_up(a, fault) for a in made)]

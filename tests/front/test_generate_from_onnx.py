@@ -14,6 +14,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from zoo.models import ZOO, randomize
 
 import tautomer
 from tautomer.rewrite.errors import ExportError
@@ -129,3 +131,47 @@ def test_prompts_of_two_lengths_generate_what_pytorch_generates(make, tmp_path):
     found, margin = generate_padded(session, prompts.numpy(), mask.numpy(), 12)
     wanted = model.generate(prompts, attention_mask=mask, max_new_tokens=12, do_sample=False)
     assert margin > 1e-5 and found.tolist() == wanted.tolist()
+
+
+ENCODERS = {
+    "t5": ("input_ids", "num_layers", "num_decoder_layers"),
+    "whisper": ("input_features", "encoder_layers", "decoder_layers"),
+}
+
+
+@pytest.mark.parametrize("name", ["t5", pytest.param("whisper", marks=pytest.mark.zoo)])
+def test_an_encoder_decoder_is_two_files(name, tmp_path):
+    """The first reads the source and a start, the second goes on from its caches, of which the encoder's stays what it is."""
+    given, *layers = ENCODERS[name]
+    model, call = ZOO[name]()
+    for count in layers:
+        setattr(model.config, count, 1)
+    model.config.use_cache, model.config.max_target_positions = True, 40
+    model = randomize(type(model)(model.config))
+    source, start = call[given], call["decoder_input_ids"]
+    with torch.no_grad():
+        known = model(**{given: source, "decoder_input_ids": start}, use_cache=True)
+    states = BaseModelOutput(last_hidden_state=known.encoder_last_hidden_state)
+    first = {given: source, "decoder_input_ids": start[:, :3], "use_cache": True}
+    later = {"decoder_input_ids": start[:, :2], "encoder_outputs": states, "past_key_values": known.past_key_values}
+    sessions = []
+    for file, kwargs in (("first.onnx", first), ("later.onnx", {**later, "use_cache": True})):
+        report = tautomer.export_onnx(model, tmp_path / file, (), kwargs)
+        assert report.error is not None and report.error <= 1e-5
+        sessions.append(onnxruntime.InferenceSession(tmp_path / file, providers=["CPUExecutionProvider"]))
+
+    shorter = source[:1, :-2] if given == "input_ids" else source[:1]  # another length than the example's
+    tokens, margins, held = numpy.zeros((1, 1), "int64"), [], {}
+    feed = {given: shorter.numpy(), "decoder_input_ids": tokens}
+    for step in range(20):
+        session = sessions[bool(step)]
+        found = session.run(None, {x.name: feed[x.name] for x in session.get_inputs()})
+        held |= {x.name.replace("present", "past_key_values"): y for x, y in zip(session.get_outputs(), found, strict=True)}
+        second, best = numpy.sort(held["logits"][0, -1])[-2:]
+        margins.append(best - second)
+        token = held["logits"][:, -1:].argmax(-1)
+        tokens = numpy.concatenate([tokens, token], 1)
+        feed = {**held, "decoder_input_ids": token, "encoder_outputs_last_hidden_state": held["encoder_last_hidden_state"]}
+    options = {"max_new_tokens": 20, "do_sample": False, "decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)}
+    wanted = model.generate(**{given: shorter}, **options, eos_token_id=None)
+    assert min(margins) > 1e-5 and tokens.tolist() == wanted.tolist()

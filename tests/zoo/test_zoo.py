@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.models import ZOO
 
 import tautomer
+from tautomer.backends.onnx_check import PROVIDERS
 
 aten = torch.ops.aten
 
@@ -124,3 +125,37 @@ def test_a_second_run_changes_nothing(name: str, optimized: dict[str, Any]) -> N
     _, inputs, fast = prepare(optimized, name)
     again = tautomer.optimize(fast, (), inputs, target="onnxruntime")
     assert not again.report.applications
+
+
+FUSED = {
+    "LayerNormalization": ("aten.layer_norm",),
+    "RMSNormalization": ("aten.rms_norm",),
+    "Gelu": ("aten.gelu",),
+    "Attention": ("aten.scaled_dot_product_attention", "tautomer.packed_attention", "tautomer.cached_attention"),
+    "SkipLayerNormalization": ("tautomer.add_layer_norm",),
+    "SkipSimplifiedLayerNormalization": ("tautomer.add_rms_norm",),
+}
+"""Operators of a file, and what stands for one of them in a rewritten graph."""
+
+
+SHORT = (("llama", "cpu"), ("bert", "cuda"))
+HALF = [(name, provider) for name in ZOO for provider in ("cpu", "cuda")]
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"), [pytest.param(*half, marks=() if half in SHORT else pytest.mark.zoo) for half in HALF]
+)
+def test_the_file_in_half_precision_holds_what_the_graph_has(
+    name: str, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For CUDA by its structure, and by the CPU's kernels of the same operators."""
+    monkeypatch.setitem(PROVIDERS, "cuda", PROVIDERS["cpu"])
+    model, inputs = ZOO[name]()
+    model, inputs = model.half(), {key: x.half() if x.is_floating_point() else x for key, x in inputs.items()}
+    fast = tautomer.optimize(model, (), inputs, target="onnxruntime" if provider == "cpu" else "onnxruntime-cuda")
+    ops = fast.report.after.ops
+    for shapes in ("auto", "static"):
+        report = tautomer.export_onnx(fast, tmp_path / "m.onnx", (), inputs, provider=provider, dynamic_shapes=shapes)
+        assert report.error is not None and report.error <= 5e-3
+        held = {kind: report.nodes.get(kind, 0) for kind in FUSED}
+        assert held == {kind: sum(ops.get(op, 0) for op in names) for kind, names in FUSED.items()}
