@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from tautomer.rewrite.checkpoints import running_again
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.program import Mode
 
@@ -24,6 +25,8 @@ from .graph_data import decode_graph, encode_graph
 from .rewritten import function_of
 
 PREFIX = "Rewritten"
+AGAIN = "run again"
+"""The code of a module that keeps its own and is run again by the backward."""
 
 
 def text_of(code: fx.Graph) -> str:
@@ -48,12 +51,12 @@ def exchanged(base: Any, code: str | None, mode: Mode) -> type[nn.Module]:
     """The subclass of ``base`` that computes ``code``.
 
     Args:
-        code: the graph, as text; None keeps the code of ``base``.
+        code: the graph, as text; None keeps the code of ``base``, ``AGAIN`` (as JSON) lets the backward run it again.
         mode: the mode it was proven in: a leaf refuses to compute in the other one, a block does it by its own class's code.
     """
     data = None if code is None else json.loads(code)
-    forward = base.forward if data is None else _compiled(data, base)
-    if mode != "both" and not isinstance(data, dict):
+    forward = base.forward if data is None else running_again(base.forward) if data == AGAIN else _compiled(data, base)
+    if mode != "both" and not isinstance(data, dict | str):
         forward = _guarded(forward, base, mode)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:

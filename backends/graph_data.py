@@ -3,7 +3,8 @@
     add = aten.add.Tensor(x, 1)   ->   {"name": "add", "op": "call_function", "target": "aten.add.Tensor",
                                         "args": [{"node": "x"}, 1]}
 
-A call may name an operator of ``torch.ops`` or one of a short list of Python functions over sizes, nothing else.
+A call may name an operator of ``torch.ops``, one of a short list of Python functions over sizes, or the one that checkpoints,
+nothing else.
 Metadata is not kept.
 """
 
@@ -18,9 +19,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from tautomer.rewrite import checkpoints
 from tautomer.rewrite.errors import UsageError
 
-_MODULES: dict[str, Any] = {"operator": operator, "math": math, "torch": torch, "builtins": builtins}
+_MODULES: dict[str, Any] = {
+    "operator": operator, "math": math, "torch": torch, "builtins": builtins, checkpoints.__name__: checkpoints
+}  # fmt: skip
 _BUILTINS = ("abs", "bool", "float", "int", "len", "max", "min", "pow", "round")
 _TORCH = (torch.dtype, torch.layout, torch.memory_format)
 
@@ -93,9 +97,10 @@ def decode_target(text: str) -> Callable[..., Any]:
 
 
 def _function(module: str, name: str) -> Any:
-    """A Python function over sizes, if the name is one that a graph may call."""
+    """A Python function, if the name is one that a graph may call."""
     allowed = module in ("operator", "math") or (module == "torch" and name.startswith("sym_"))
     allowed |= module == "builtins" and name in _BUILTINS
+    allowed |= module == checkpoints.__name__ and name == checkpoints.checkpointed.__name__
     return getattr(_MODULES[module], name, None) if allowed and not name.startswith("_") else None
 
 

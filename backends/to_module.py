@@ -10,6 +10,7 @@ original classes too.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from tautomer.rewrite.program import Mode, Program
 from tautomer.rewrite.weights import Weights
 
 from .correspondence import Correspondence, Fault
-from .exchange import exchange
+from .exchange import AGAIN, exchange
 from .guard import edits_of, guard, marks_of, restore
+from .run_again import run_again
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,14 @@ def plan(captured: Program, rewritten: Program, model: nn.Module, modules: Mappi
     found = Correspondence(captured, rewritten, modules)
     found.run()
     code, split = found.code(model)
+    again, spread = run_again(captured, rewritten, model)
+    twice = [path for path in again if model.get_submodule(path) in code]
+    spread += [Fault(f"'{path}' would have other code besides", (path,)) for path in twice]
+    code |= {model.get_submodule(path): json.dumps(AGAIN) for path in again}
     weights, unread, lost = found.weights()
     if captured.mode != "both" and not code:
         code = dict.fromkeys(_owners(model, weights))
-    return Edit(code, weights, unread, (*found.needed(), *split, *lost))
+    return Edit(code, weights, unread, (*found.needed(), *split, *spread, *lost))
 
 
 def _owners(model: nn.Module, weights: Weights) -> list[nn.Module]:

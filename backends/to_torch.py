@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tautomer.rewrite._torch import storage_key
+from tautomer.rewrite.checkpoints import outlined
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.expected import expected
 from tautomer.rewrite.interpret import written
@@ -51,9 +52,11 @@ def to_torch(program: Program) -> Rewritten:
     graph = as_run(program).graph
     for unread in [node for node in graph.find_nodes(op="get_attr") if not node.users]:
         graph.erase_node(unread)
+    tensors = stored(program)
+    graph, bodies = outlined(graph, {name.partition(".")[0] for name in (*tensors, *program.regions, *program.training)})
     module = Rewritten(graph, program.signature, expected(program), program.mode)
     root = program.mode == "train" or any(program.training.values())
-    furnish(module, stored(program), program.regions, {"": root, **program.training})
+    furnish(module, tensors, {**program.regions, **bodies}, {"": root, **program.training})
     module._edits = program.weights.edits()
     return module
 

@@ -1,15 +1,16 @@
 """What the backward keeps, and what a training step costs, as the model is and after every way to keep less.
 
     python benchmarks/backward_memory.py [--models vit bert gpt2 llama] [--tuning full lora] [--dtypes float32 bfloat16]
-                                         [--ways eager compile checkpoint exact approximate] [--layers 4] [--width 512]
+                                         [--ways eager compile checkpoint exact approximate budget]
+                                         [--budget 0.5] [--layers 4] [--width 512]
                                          [--batch 4] [--length 128] [--rounds 5]
 
 Bytes are observed: ``torch.autograd.graph.saved_tensors_hooks``, every storage once, without parameters and buffers; ratios to
 eager. The hooks see what the whole graph of ``torch.compile`` keeps, and of a checkpointed model the boundaries alone. Steps
 (forward and backward) take turns in one run, one thread, medians. Gradients are compared with eager's in the largest norm,
 worst parameter, one below a thousandth of the largest on that. "exact" is ``recipe=Finetune(autocast=…)``, "approximate" the same
-with ``exact=False``. LoRA stands on q and v alone ("lora"), or on every linear layer of the blocks ("lora-all"); everything else
-is frozen. Dropout is off.
+with ``exact=False``, "budget" the first with ``budget=…``, whose plan is printed. LoRA stands on q and v alone ("lora"), or on
+every linear layer of the blocks ("lora-all"); everything else is frozen. Dropout is off.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import rich
 import torch
 import transformers
 from torch import Tensor, nn
 
 import tautomer
 
-WAYS = ("eager", "compile", "checkpoint", "exact", "approximate")
+WAYS = ("eager", "compile", "checkpoint", "exact", "approximate", "budget")
 BLOCKS = ("ViTLayer", "BertLayer", "GPT2Block", "LlamaDecoderLayer")
 
 
@@ -120,11 +122,13 @@ def kept(model: nn.Module, step: Callable[[], Tensor]) -> int:
     return sum(storage.nbytes() for key, storage in seen.items() if key not in own)
 
 
-def ways(case: Case, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, nn.Module]:
-    def recipe(exact: bool) -> nn.Module:
-        return tautomer.optimize(
-            copy.deepcopy(case.model), kwargs=case.call, recipe=tautomer.Finetune(exact=exact, autocast=dtype), check=False
-        )
+def ways(case: Case, names: Sequence[str], dtype: torch.dtype | None, budget: float) -> dict[str, nn.Module]:
+    def recipe(exact: bool = True, budget: float | None = None) -> nn.Module:
+        recipe = tautomer.Finetune(exact=exact, autocast=dtype, budget=budget)
+        lean = tautomer.optimize(copy.deepcopy(case.model), kwargs=case.call, recipe=recipe, check=False)
+        if lean.report.plan is not None:
+            rich.print(lean.report.plan)
+        return lean
 
     def checkpointed() -> nn.Module:
         model = copy.deepcopy(case.model)
@@ -138,14 +142,15 @@ def ways(case: Case, names: Sequence[str], dtype: torch.dtype | None) -> dict[st
         "eager": lambda: copy.deepcopy(case.model),
         "compile": lambda: torch.compile(copy.deepcopy(case.model)),  # type: ignore[return-value]
         "checkpoint": checkpointed,
-        "exact": lambda: recipe(True),
+        "exact": recipe,
         "approximate": lambda: recipe(False),
+        "budget": lambda: recipe(budget=budget),
     }
     return {name: make[name]().train() for name in names}
 
 
 def compare(case: Case, a: argparse.Namespace, dtype: torch.dtype | None) -> None:
-    made = ways(case, a.ways, dtype)
+    made = ways(case, a.ways, dtype, a.budget)
 
     def forward(name: str) -> Tensor:
         with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     for name, value in (("layers", 4), ("width", 512), ("batch", 4), ("length", 128), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--budget", type=float, default=0.5)
     a = parser.parse_args()
     a.ways = ["eager", *(way for way in a.ways if way != "eager")]
     torch.set_num_threads(1)

@@ -44,11 +44,14 @@ from .lowrank.merge_consecutive_linears import MergeConsecutiveLinears
 from .lowrank.merge_lora import MergeLora
 from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
+from .memory.checkpoint_blocks import CheckpointBlocks
 from .memory.lean_activations import LeanActivations
 from .memory.lean_rms_norm import LeanRmsNorm
 from .memory.pack_dropout_masks import PackDropoutMasks
+from .memory.plan_memory import MeasureMemory, PlanMemory
 from .memory.recompute_inputs import RecomputeInputs
 from .memory.share_norm_output import ShareNormOutput
+from .memory.store_eight_bits import StoreEightBits
 from .norm.fold_into_readers import FoldIntoReaders
 from .norm.fold_into_writer import FoldIntoWriter
 from .norm.fold_norm_gain import FoldNormGain
@@ -201,7 +204,9 @@ ON_REQUEST: tuple[type[Pass], ...] = (
     PrescaleRmsNorm,
     FoldNormGain,
     MergeParallelLinears,
+    CheckpointBlocks,
     ApproximateActivations,
+    StoreEightBits,
     RegroupProducts,
     MergeConsecutiveLinears,
     FactorLinears,
@@ -261,11 +266,17 @@ class Training(Recipe):
 class Finetune(Recipe):
     """A model that keeps less for its backward: the same parameters under their names, the same trajectory of any optimizer.
 
-    Every rewrite is applied where the backward then keeps less, and nowhere else. ``tautomer.saved_tensors`` says how much.
+    Without a budget every rewrite is applied where the backward then keeps less, and nowhere else; nothing is computed again that
+    costs more than a pass over it. With one, ``report.plan`` says what was chosen for each block. ``tautomer.saved_tensors`` says
+    how much is kept.
 
     Attributes:
-        exact: False also admits gradients that are approximate, where that keeps less than an exact rewrite does.
+        exact: False also admits gradients that are approximate: where that keeps less than an exact rewrite does or, with a
+            budget, where it computes less again.
         autocast: the dtype of the autocast that training runs under, if it does: it decides what is kept, and in which dtype.
+        budget: what the backward may keep at the sizes of the example, as a fraction of what it keeps of the captured model (a
+            float) or in bytes (an int). The least is computed again that meets it; blocks may be checkpointed.
+        eight_bits: whether linear layers may keep inputs in eight bits, where nothing exact keeps less; with ``exact=False``.
     """
 
     name: ClassVar[str] = "finetune"
@@ -273,18 +284,36 @@ class Finetune(Recipe):
     live: ClassVar[bool] = True
     exact: bool = True
     autocast: torch.dtype | None = None
+    budget: float | None = None
+    eight_bits: bool = False
 
     def __post_init__(self) -> None:
+        if self.eight_bits and self.exact:
+            raise UsageError(
+                "eight bits make the gradients of weights approximate", hint="Finetune(exact=False, eight_bits=True)"
+            )
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise UsageError(f"autocast is torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
+        b, number = self.budget, isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        if b is not None and not (number and (0 < b <= 1 if isinstance(b, float) else b > 0)):
+            raise UsageError(
+                f"a budget is a fraction of what the backward keeps or a number of bytes, not {b!r}",
+                hint="budget=0.5 for half, budget=2**30 for a GiB",
+            )
 
     def passes(self) -> tuple[Pass, ...]:
+        a = self.autocast
         raising = (kind() for kind in RAISE if kind.claim.gradient != "none")
         # Where a norm reads 32 bits and its readers 16, its output is the smaller thing to keep; else either will do.
-        shared = (ShareNormOutput(self.autocast),) if self.autocast else ()
-        lean = (PackDropoutMasks(), LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(self.autocast))
-        approximate = () if self.exact else (ApproximateActivations(self.autocast),)
-        return (*raising, MergeEqualExpressions(), *lean, *approximate, DropDeadCode())
+        shared = (ShareNormOutput(a),) if a else ()
+        stored = (StoreEightBits(a),) if self.eight_bits else ()
+        approximate = () if self.exact else (ApproximateActivations(a), *stored)
+        rewrites = (PackDropoutMasks(), LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(a), *approximate)
+        if self.budget is None:
+            return (*raising, MergeEqualExpressions(), *rewrites, DropDeadCode())
+        rewrites = (CheckpointBlocks(a), *rewrites)
+        plan = PlanMemory(self.budget, rewrites, a)
+        return (MeasureMemory(a), *raising, MergeEqualExpressions(), plan, *rewrites, DropDeadCode())
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ What everything speaks of:
     expressions.py  An expression over weights: a leaf of the user's model, or an op on expressions
     inverse.py      Solve an edit for one of its leaves
     weights.py      The table of weights: a weight is a leaf of the user's model or an expression over leaves
+    memory_plan.py  What was chosen for each block so that the backward keeps no more than a budget
     signature.py    The call of a captured model: its own signature, bound by name, flattened to the graph's inputs
     program.py      A program: an fx graph, its weights, and how it is called
     blocks.py       The blocks of a program: runs of calls that are equal up to names, and what stands between them
     interpret.py    Run a program's graph node by node; promoted to float64 it is the oracle
+    flops.py        What a kernel costs: 2 m n k for a product of matrices, by torch's own formulas; else one per entry
+    checkpoints.py  Parts of a program that the backward runs again: what they read is kept, and nothing of what they compute
     expected.py     What a captured graph expects of its inputs
     calibration.py  Run a program on the user's data; a pass sees the values of chosen nodes
     factors.py      Truncated factors of a matrix under a covariance of what it is applied to
@@ -90,6 +93,7 @@ Facts for rewrites of a whole program:
     feedforward.py  The feedforward layers: linear layers on one tensor, an activation or gate, and one back to its width
     residual.py     The residual streams of a program: how wide, who writes them, who reads them
     saved.py        What the backward keeps of the forward, by storage, and which nodes need it
+    budget.py       One way for every unit of a program, so that its backward keeps no more than a budget
     streams.py      The mean of a residual stream: who writes it, who would notice its absence
 
 Running them:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.fx.traceback as fx_traceback
+import torch.utils.checkpoint
 from torch import fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -31,6 +34,7 @@ __all__ = [
     "autocast_region",
     "backend_named",
     "below_autocast",
+    "checkpoint_of",
     "compile_package",
     "copy_input",
     "cpp_compiler",
@@ -38,9 +42,11 @@ __all__ = [
     "erased",
     "fake_mode_of",
     "guards_of",
+    "in_checkpoint",
     "load_package",
     "no_new_guards",
     "oblivious_sizes",
+    "plain_checkpoints",
     "pytree",
     "quiet_fakes",
     "quiet_triton",
@@ -282,3 +288,36 @@ def load_package(file: Path) -> Callable[..., Any]:
     """What ``compile_package`` wrote, as a function with the call that was exported."""
     loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(file))
     return loaded
+
+
+# -- checkpoints in an export ---------------------------------------------------------------------------------
+
+_PART = "tautomer_checkpoint"
+_parts = itertools.count()
+
+
+@contextlib.contextmanager
+def in_checkpoint() -> Iterator[None]:
+    """Calls that are traced inside say that they belong together; see ``checkpoint_of``. Of checkpoints in each other the
+    outermost one counts."""
+    inside = _PART in fx_traceback.current_meta.get("custom", {})
+    with contextlib.nullcontext() if inside else fx_traceback.annotate({_PART: f"checkpoint {next(_parts)}"}):
+        yield
+
+
+def checkpoint_of(node: fx.Node) -> str | None:
+    """The name of the checkpoint that a traced call was made in."""
+    name: str | None = (node.meta.get("custom") or {}).get(_PART)
+    return name
+
+
+@contextlib.contextmanager
+def plain_checkpoints() -> Iterator[None]:
+    """Inside, a checkpoint that is not reentrant is a plain call, which ``in_checkpoint`` marks."""
+
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with in_checkpoint():
+            yield
+
+    with patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator):
+        yield

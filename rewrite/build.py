@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ._torch import set_grad_enabled_region, unlifted_module
+from ._torch import checkpoint_of, set_grad_enabled_region, unlifted_module
+from .checkpoints import settle
 from .errors import CaptureError
 from .interpret import writes
 from .ops import form_of
-from .program import Program
+from .program import CHECKPOINT, Program
 from .signature import Signature
 from .weights import Weights
 
@@ -86,6 +87,7 @@ def translate(
     for node in graph.nodes:
         spell(node)
     drop_dead(graph)
+    settle(graph)
     return program
 
 
@@ -143,6 +145,8 @@ class _Translation:
         attribute = node.op == "get_attr"
         new = self._attribute(graph, prefix + str(node.target)) if attribute else graph.node_copy(node, mapped.__getitem__)
         new.meta = {**node.meta, **new.meta}
+        if node.op == "call_function" and (part := checkpoint_of(node)) is not None:
+            new.meta[CHECKPOINT] = part
         self._relocate(new)
         mapped[node] = new
 

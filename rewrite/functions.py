@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils import checkpoint
 
+from ._torch import in_checkpoint, plain_checkpoints
+
 
 def defined() -> bool:
     """Whether there is any such class besides torch's own."""
@@ -45,10 +47,12 @@ def applied(outputs: Iterable[Any]) -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Inside, a reentrant checkpoint is a plain call: its forward runs without gradients, and a graph of it would have none."""
+    """Inside, a checkpoint is a plain call, whose nodes carry its name: the forward of a reentrant one runs without gradients,
+    and a graph of it would have none."""
 
     def apply(run: Any, preserve: bool, *args: Any) -> Any:
-        return run(*args)
+        with in_checkpoint():
+            return run(*args)
 
-    with patch.object(checkpoint.CheckpointFunction, "apply", staticmethod(apply)):
+    with patch.object(checkpoint.CheckpointFunction, "apply", staticmethod(apply)), plain_checkpoints():
         yield

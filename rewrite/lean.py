@@ -9,8 +9,10 @@
     ms_rms_norm(x, g, eps)                  the same of y = x r
     lean_dropout(x, p, train)               draws what dropout draws, and keeps one bit per entry
     regelu2(u, approximate), resilu2(u)     two bits per entry of u: the gradient is approximate
+    eight_bits(x)                           x in eight bits per entry, for ``linear_from``: the gradient of W is approximate
 
-MS norms and the last two are arXiv:2406.16282. Every backward returns its gradients in the dtypes of the operands.
+MS norms and two bits are arXiv:2406.16282, eight bits by group arXiv:2111.11124. Every backward returns its gradients
+in the dtypes of the operands.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def slope(dy: Tensor, u: Tensor, by: str) -> Tensor:
 
 
 def computed(by: str, a: Tensor, p: Tensor | None, q: Tensor | None, k: float | None) -> Tensor:
-    """by(a, p, q, k): a norm of a with gain p, shift q and eps k; "affine" a · p + q; or an activation of a, gated by p."""
+    """by(a, p, q, k): a norm of a with gain p, shift q and eps k; "affine" a · p + q; "eight_bits" a in the ranges p;
+    or an activation of a, gated by p."""
     match by:
         case "layer_norm":
             return F.layer_norm(a, a.shape[-1:], p, q, k or 0.0)
@@ -83,6 +86,8 @@ def computed(by: str, a: Tensor, p: Tensor | None, q: Tensor | None, k: float | 
         case "affine":
             scaled = a if p is None else a * p
             return scaled if q is None else scaled + q
+        case "eight_bits" if p is not None:
+            return from_eight_bits(a, p)
     y = activated(a, by)
     return y if p is None else y * p
 
@@ -129,6 +134,13 @@ def linear_from_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db, *(None,) * 7
 
 
+def linear_from_again(x: Tensor, weight: Tensor, bias: Any, by: str, a: Any, p: Any = None, q: Any = None, *rest: Any) -> int:
+    """One per entry of x and step: the activation, the gate; the norm; the product, the sum; the dropout."""
+    bits = rest[1] if len(rest) > 1 else None
+    steps = 1 if by in ("layer_norm", "rms_norm", "eight_bits") else (p is not None) + (q is not None) + (by != "affine")
+    return x.numel() * (steps + (bits is not None)) if weight.requires_grad else 0
+
+
 # -- activations and gates ------------------------------------------------------------------------------------
 
 
@@ -144,6 +156,11 @@ def keep_lean_activation(ctx: Any, inputs: Any, output: Tensor) -> None:
 def lean_activation_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
     (u,) = ctx.saved_tensors
     return slope(dy, u, ctx.by), None
+
+
+def entries(x: Tensor, *rest: Any) -> int:
+    """One per entry of the first operand."""
+    return x.numel()
 
 
 def lean_glu(gate: Tensor, up: Tensor, by: str) -> Tensor:
@@ -400,18 +417,63 @@ def resilu2_backward(ctx: Any, dy: Tensor | None, _: None) -> Tensor | None:
     return step_slope(ctx, dy, RESILU2[0])
 
 
+# -- eight bits per entry -------------------------------------------------------------------------------------
+
+
+GROUP = 64
+"""Entries along the last axis that share a range."""
+
+
+def grouped(x: Tensor) -> Tensor:
+    """The last axis in groups; the last group is filled with the last entry, which leaves its range as it is."""
+    tail = -x.shape[-1] % GROUP
+    if not isinstance(tail, int) or tail:  # a symbolic size is no condition
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], tail)], -1)
+    return x.unflatten(-1, (-1, GROUP))
+
+
+def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    if isinstance(width, int) and width == 0:
+        return x.to(torch.uint8), x.new_empty((*x.shape[:-1], 0, 2), dtype=torch.float32)
+    groups = grouped(_wide(x))
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (high - low) / 255
+    q = ((groups - low) / torch.where(step > 0, step, 1)).round().to(torch.uint8).flatten(-2)
+    return q[..., :width].clone(), torch.cat([low, step], -1)
+
+
+def from_eight_bits(q: Tensor, ranges: Tensor) -> Tensor:
+    """low + step q."""
+    if ranges.shape[-2] == 0:
+        return q.to(ranges.dtype)
+    low, step = ranges.split(1, -1)
+    return (low + step * grouped(q.to(ranges.dtype))).flatten(-2)[..., : q.shape[-1]]
+
+
+def keep_eight_bits(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output)
+    ctx.set_materialize_grads(False)
+
+
+def eight_bits_backward(ctx: Any, *_: None) -> None:
+    return None
+
+
 LEAN = (
     OwnGradient(
-        "linear_from.v2", linear_from, keep_linear_from, linear_from_backward,
-        uses=(computed, activated, scaled_by_bits, unpack), autocast=True,
+        "linear_from.v3", linear_from, keep_linear_from, linear_from_backward,
+        uses=(computed, activated, scaled_by_bits, unpack, from_eight_bits, grouped), autocast=True,
+        again=linear_from_again,
     ),
     OwnGradient(
-        "lean_activation.v1", lean_activation, keep_lean_activation, lean_activation_backward, uses=(activated, slope)
+        "lean_activation.v1", lean_activation, keep_lean_activation, lean_activation_backward, uses=(activated, slope),
+        again=entries,
     ),
-    OwnGradient("lean_glu.v1", lean_glu, keep_lean_glu, lean_glu_backward, uses=(activated, slope)),
+    OwnGradient("lean_glu.v1", lean_glu, keep_lean_glu, lean_glu_backward, uses=(activated, slope), again=entries),
     OwnGradient(
         "lean_rms_norm.v1", lean_rms_norm, keep_lean_rms_norm, lean_rms_norm_backward, lean_rms_norm_reference,
-        (inverse_rms, norm_gradients),
+        (inverse_rms, norm_gradients), again=entries,
     ),
     OwnGradient(
         "ms_layer_norm.v1", ms_layer_norm, keep_ms_layer_norm, ms_layer_norm_backward,
@@ -427,6 +489,7 @@ LEAN = (
     ),
     OwnGradient("regelu2.v2", regelu2, keep_segments, regelu2_backward, uses=(segments, pack, unpack, step_slope)),
     OwnGradient("resilu2.v2", resilu2, keep_segments, resilu2_backward, uses=(segments, pack, unpack, step_slope)),
+    OwnGradient("eight_bits.v1", eight_bits, keep_eight_bits, eight_bits_backward, uses=(grouped,)),
 )  # fmt: skip
 """Every op with its own gradient."""
 

@@ -38,6 +38,7 @@ class OwnGradient:
         uses: functions that the three call, which their version speaks for too.
         autocast: whether it computes in the autocast dtype, as a linear layer does.
         random: whether it draws random numbers.
+        again: the FLOPs of what the backward computes again, of the operands.
     """
 
     name: str
@@ -48,6 +49,7 @@ class OwnGradient:
     uses: tuple[Callable[..., Any], ...] = ()
     autocast: bool = False
     random: bool = False
+    again: Callable[..., int] = lambda *operands: 0
 
     @property
     def overload(self) -> Any:

@@ -16,11 +16,15 @@ from torch import fx
 
 from .calibration import Data
 from .claims import Claim
-from .program import Program, path_of, source_of
+from .memory_plan import MemoryPlan
+from .program import CHECKPOINT, PLAN, Program, path_of, source_of
 
 Phase = Literal["canonical", "raise", "rewrite", "choose", "cleanup"]
 FIXED = "tautomer_fixed"
 """Metadata of a node that must stay as it is: the sentence that says why."""
+
+
+IN_A_CHECKPOINT = "it is in a checkpoint, which keeps what it is given and nothing of what it computes: nothing would be freed"
 
 
 def fixed(node: fx.Node) -> str | None:
@@ -121,12 +125,18 @@ class Miss:
 
 @dataclass
 class Log:
-    """What happened, in order. ``misses`` has the nearest miss of each rule that found nothing, if something looked like it."""
+    """What happened, in order.
+
+    ``misses`` has the nearest miss of each rule that found nothing, if something looked like it; ``kept`` is what the backward of
+    the captured program keeps, in bytes, and ``plan`` what was chosen, if there is a budget of memory.
+    """
 
     applications: list[Application] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
+    kept: int | None = None
+    plan: MemoryPlan | None = None
     _refused: set[Refusal] = field(default_factory=set, repr=False, compare=False)
 
     def refuse(self, refusal: Refusal) -> None:
@@ -157,7 +167,9 @@ class Context:
     data: Data | None = None
 
     def lets(self, rewrite: Pass, node: fx.Node) -> bool:
-        """Whether the user lets ``rewrite`` fire at ``node``."""
+        """Whether the user, and the plan if there is one, lets ``rewrite`` fire at ``node``."""
+        if rewrite.purpose == "memory" and PLAN in node.meta and rewrite.name not in node.meta[PLAN].rewrites:
+            return False
         if self.fuel is not None and self.fuel <= 0:
             return False
         if self.only and not any(_selects(entry, rewrite, node) for entry in self.only):
@@ -165,11 +177,12 @@ class Context:
         return not any(_selects(entry, rewrite, node) for entry in self.skip)
 
     def admits(self, rewrite: Pass, node: fx.Node) -> bool:
-        """Whether ``rewrite``, which fits at ``node``, may fire there: the user lets it, and the node is not fixed, which is a
-        refusal. Spends no fuel."""
+        """Whether ``rewrite``, which fits at ``node``, may fire there: the user lets it, and the node is not fixed, nor would it
+        keep less in a part that is run again, which are refusals. Spends no fuel."""
         if not self.lets(rewrite, node):
             return False
-        reason = fixed(node)
+        again = rewrite.purpose == "memory" and CHECKPOINT in node.meta
+        reason = IN_A_CHECKPOINT if again else fixed(node)
         if reason is not None:
             self.refused(rewrite, node, reason)
         return reason is None

@@ -27,6 +27,18 @@ from .signature import Signature
 from .weights import Expression, Weights, expression_of
 
 Mode = Literal["eval", "train", "both"]
+CHECKPOINT = "tautomer_checkpoint"
+"""Metadata of a node: the name of the part that the backward runs again with it (checkpoints.py)."""
+PLAN = "tautomer_plan"
+"""Metadata of a node: a ``Site``; without it, every rewrite for memory may fire there."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a plan says of a node: the part of the program it is in, by number, and the rewrites for memory that may fire."""
+
+    unit: int
+    rewrites: frozenset[str]
 
 
 @dataclass
@@ -208,8 +220,8 @@ def line(node: fx.Node) -> str:
 
 
 def inherit(node: fx.Node, origin: fx.Node) -> None:
-    """Give a new node the provenance of the node it stands for."""
-    for entry in ("nn_module_stack", "stack_trace"):
+    """Give a new node the provenance of the node it stands for, and what was decided about that."""
+    for entry in ("nn_module_stack", "stack_trace", CHECKPOINT, PLAN):
         if entry in origin.meta:
             node.meta[entry] = origin.meta[entry]
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .claims import ARCHITECTURE
 from .evidence import Evidence
+from .memory_plan import MemoryPlan
 from .pass_base import Application, Log, Note, Refusal
 from .program import Program, target_name
 from .target import Gain
@@ -90,6 +91,11 @@ class Report:
     def notes(self) -> tuple[Note, ...]:
         return tuple(self.log.notes)
 
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What was chosen block by block, if there was a budget of memory."""
+        return self.log.plan
+
     def fired(self, rewrite: str) -> int:
         """How many times a rewrite fired."""
         return sum(application.rewrite == rewrite for application in self.log.applications)
@@ -103,6 +109,8 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.model} for {self.target}", style="bold")
         yield from (Text(f"  {note}", style="dim") for note in self.captured)
+        if self.plan is not None:
+            yield self.plan
         yield self._fired()
         if self.notes:
             yield Group(*(Text(f"  {_where(note)}: {note.text}") for note in self.notes))

@@ -24,8 +24,11 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from ._torch import FakeTensorMode, KernelObserver, pytree, quiet_fakes, storage_key
+from .checkpoints import parts
+from .flops import flops_of
 from .interpret import Interpretation
-from .program import Program, path_of, source_of, target_name
+from .lean import LEAN
+from .program import Program, arguments, path_of, source_of, target_name
 from .record import undisturbed
 from .shapes import show
 
@@ -72,16 +75,25 @@ class SavedTensors:
         tensors: one per storage, in the order they arise.
         notes: what a reader must know, one sentence each.
         at: the kept storage of a node's value, by the node's name; views of one storage have one.
+        flops: what each call of the forward costs, by the node's name (flops.py).
+        again: what the backward computes again of it.
     """
 
     model: str
     tensors: tuple[SavedTensor, ...]
     notes: tuple[str, ...] = field(default=())
     at: Mapping[str, SavedTensor] = field(default_factory=dict, repr=False)
+    flops: Mapping[str, int] = field(default_factory=dict, repr=False)
+    again: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def recomputed(self) -> int:
+        """The FLOPs that the backward computes again."""
+        return sum(self.again.values())
 
     @property
     def by_kind(self) -> dict[str, int]:
@@ -100,6 +112,8 @@ class SavedTensors:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.model}: the backward keeps {self.bytes:,} bytes in {len(self.tensors)} tensors", style="bold")
         yield from (Text(f"  {note}", style="dim") for note in self.notes)
+        if self.again:
+            yield Text(f"  {self.recomputed:,} FLOPs are computed again, where the forward has {sum(self.flops.values()):,}")
         if not self.tensors:
             return
         table = Table("bytes", "times", "made by", "tensor", "kind", "needed by", "source", box=None, pad_edge=True)
@@ -146,7 +160,7 @@ def saved_tensors(
     at = {name: tensors[key] for name, key in watch.values_at.items() if key in tensors}
     trainable = any(x.requires_grad for x in (*weights.values(), *feed) if isinstance(x, Tensor))
     notes = () if trainable else ("nothing requires a gradient: there is no backward",)
-    return SavedTensors(program.name, tuple(tensors.values()), notes, at)
+    return SavedTensors(program.name, tuple(tensors.values()), notes, at, watch.flops, watch.again)
 
 
 def saved_in_training(program: Program, autocast: torch.dtype | None = None) -> SavedTensors:
@@ -167,6 +181,9 @@ class _Watch(Interpretation):
         self.made: dict[int, tuple[fx.Node, Kind, str, Tensor]] = {}
         self.needed: dict[int, dict[fx.Node, None]] = {}
         self.values_at: dict[str, int] = {}
+        self.part = {node: name for name, block in parts(program.graph).items() for node in block.nodes}
+        self.flops: dict[str, int] = {}
+        self.again: dict[str, int] = {}
 
     def input(self, node: fx.Node, value: Any) -> Any:
         self.node = node
@@ -174,11 +191,26 @@ class _Watch(Interpretation):
 
     def step(self, node: fx.Node) -> Any:
         self.node = node
-        return super().step(node)
+        if node in self.part:
+            self.enter(node)
+        result = super().step(node)
+        if node in self.part:
+            self.again[node.name] = self.flops.get(node.name, 0)
+        elif (own := _OWN.get(node.target)) is not None and any(x.requires_grad for x in _tensors(result)):
+            self.again[node.name] = own.again(*fx.node.map_arg(tuple(arguments(node).values()), self.operand))
+        return result
+
+    def enter(self, node: fx.Node) -> None:
+        """A checkpoint keeps all that it is given, whatever comes of it."""
+        for x in node.all_input_nodes:
+            if x.op != "get_attr" and self.part.get(x) != self.part[node]:
+                for tensor in _tensors(self.operand(x)):
+                    self.keep(tensor)
 
     def kernel(self, op: Any, args: Sequence[Any], result: Any) -> Any:
         """A kernel has run inside the current node; what it made may be the node's value, which ``value`` finds out."""
         result = _as_computed(op, args, result)
+        self.flops[self.node.name] = self.flops.get(self.node.name, 0) + flops_of(op, args, result)
         kind: Kind = "cast" if op is aten._to_copy.default else "inside"
         for tensor in _tensors(result):
             self.made.setdefault(storage_key(tensor), (self.node, kind, op._schema.name.replace("::", "."), tensor))
@@ -194,11 +226,15 @@ class _Watch(Interpretation):
                 self.made[key] = (node, kind, target_name(node) if node.op == "call_function" else "", tensor)
 
     def pack(self, tensor: Tensor) -> Tensor:
+        if self.node not in self.part:  # a checkpoint keeps nothing of what it computes
+            self.keep(tensor)
+        return tensor
+
+    def keep(self, tensor: Tensor) -> None:
         key = storage_key(tensor)
         if key not in self.owned:
             self.made.setdefault(key, (self.node, "inside", target_name(self.node), tensor))
             self.needed.setdefault(key, {})[self.node] = None
-        return tensor
 
     def saved(self) -> dict[int, SavedTensor]:
         found = {}
@@ -221,6 +257,7 @@ class _Watch(Interpretation):
         return found
 
 
+_OWN = {own.overload: own for own in LEAN}
 _NORMS = {aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default}
 
 

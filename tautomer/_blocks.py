@@ -24,6 +24,8 @@ from tautomer.backends.exchange import exchange
 from tautomer.backends.module_calls import is_leaf, watch
 from tautomer.passes.cleanup.fold_constants import FoldConstants
 from tautomer.passes.cleanup.fold_weights import FoldWeights
+from tautomer.passes.memory.checkpoint_blocks import CheckpointBlocks
+from tautomer.passes.memory.plan_memory import MeasureMemory, PlanMemory
 from tautomer.passes.recipes import NORM
 from tautomer.rewrite._torch import pytree
 from tautomer.rewrite.errors import CaptureError, Refused, UsageError, require
@@ -38,7 +40,7 @@ from tautomer.rewrite.target import Target
 from ._front import capture
 from ._settle import LAST, Job, path_of, was_given_up
 
-_ONCE: tuple[type[Pass], ...] = (*NORM, FoldConstants, FoldWeights, *LAST)
+_ONCE: tuple[type[Pass], ...] = (*NORM, FoldConstants, FoldWeights, CheckpointBlocks, MeasureMemory, PlanMemory, *LAST)
 Place = tuple[str, str]
 """A rewrite and the module path that it wants to rewrite at."""
 Admitted = tuple[tuple[str, ...], tuple[str, ...]]
@@ -108,7 +110,8 @@ class Blocks:
 
     @property
     def inside(self) -> tuple[Pass, ...]:
-        """The passes that do without weights computed once; the forms that runtimes choose among, only if the user named them."""
+        """The passes that do without weights computed once, and without a plan for all of the model; forms that runtimes choose
+        among, only if the user named them."""
         chosen = (rewrite for rewrite in self.passes if self.target is None or rewrite.phase != "choose")
         return tuple(rewrite for rewrite in chosen if not isinstance(rewrite, _ONCE))
 

@@ -157,8 +157,13 @@ def optimize(
 
 
 def _dissolved(model: nn.Module, call: tuple[Any, Any], fast: Rewritten, recipe: Finetune) -> Iterator[Note]:
-    """What a user should know if the model keeps less as it is written: it checkpoints, which no captured graph does."""
+    """What a user should know: that a budget is missed; that the model keeps less as it is written."""
     ours = saved_tensors(fast, *call, autocast=recipe.autocast).bytes
+    plan = fast.report.plan
+    if plan is not None and ours > plan.budget:
+        yield Note(
+            recipe.name, fast.report.model, f"a rewrite was rolled back: {ours:,} bytes are kept, the budget is {plan.budget:,}"
+        )
     written = kept_as_written(model, *call, training=True, autocast=recipe.autocast)
     if written is not None and written < ours:
         text = (

@@ -162,7 +162,8 @@ def optimize_(
         weights = Weights({**edit.weights.leaves, **before}, edit.weights.entries)
         reference, blocks = original.copy(), Blocks(model, captured, chosen, context, ask, check)
         reference.weights.leaves.update(before)
-        blocks.write(outcome, undo.enter_context(_unless_it_raises()))
+        if outcome.log.plan is None:  # else what a block would do besides was not chosen
+            blocks.write(outcome, undo.enter_context(_unless_it_raises()))
         if check and outcome.log.applications:
             claim = claim_of(outcome.log.applications, chosen)
             edited = _compare(model, reference, (args, kwargs, dynamic_shapes), claim)

@@ -29,7 +29,7 @@ from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, require
 from tautomer.rewrite.ops import OPS, normal
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program, place, target_name
+from tautomer.rewrite.program import CHECKPOINT, Program, place, target_name
 from tautomer.rewrite.saved import SavedTensors, saved_in_training
 from tautomer.rewrite.weights import leaves
 
@@ -76,7 +76,7 @@ class RecomputeInputs(Pass):
     def run(self, program: Program, context: Context) -> None:
         saved, editor = saved_in_training(program, self.autocast), Editor(program)
         for value in reversed(list(program.graph.nodes)):  # names of ``saved`` above a value are then still those of the graph
-            layers = [user for user in value.users if user.target is LINEAR and user.args[0] is value]
+            layers = [user for user in value.users if reads(user, value)]
             sources = list(sources_of(value))
             if not sources or not layers or not context.admits(self, value):
                 continue
@@ -195,6 +195,11 @@ def require_keepers(editor: Editor, layers: Sequence[fx.Node]) -> list[fx.Node]:
     frozen = f"the weight of {', '.join(map(place, layers))} does not train, so its input is not kept"
     require(kept, frozen)
     return kept
+
+
+def reads(layer: fx.Node, value: fx.Node) -> bool:
+    """Whether ``layer`` is a linear layer on ``value`` that keeps it by itself."""
+    return layer.target is LINEAR and layer.args[0] is value and CHECKPOINT not in layer.meta
 
 
 def trains(editor: Editor, weight: Any) -> bool:

@@ -35,7 +35,7 @@ from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, place
 from tautomer.rewrite.saved import SavedTensors, saved_in_training
 
-from .recompute_inputs import LINEAR, Source, layer_from, made_again, require_keepers, source_of
+from .recompute_inputs import Source, layer_from, made_again, reads, require_keepers, source_of
 
 LEAN_DROPOUT = OPS["lean_dropout"].target
 _NORMS = ("layer_norm", "rms_norm")
@@ -97,7 +97,7 @@ def require_readers(editor: Editor, value: fx.Node) -> list[fx.Node]:
     dropout = next((user for user in value.users if user.target is torch.ops.aten.dropout.default), None)
     packed = [user for user in value.users if user.target is LEAN_DROPOUT]
     dropped = [result for call in packed for result in call.users if result.args[1] == 0]
-    layers = [user for x in (value, *dropped) for user in x.users if user.target is LINEAR and user.args[0] is x]
+    layers = [user for x in (value, *dropped) for user in x.users if reads(user, x)]
     try:
         require(layers, "no linear layer reads it")
         return require_keepers(editor, layers)

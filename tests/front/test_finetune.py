@@ -111,12 +111,12 @@ def test_fewer_bytes_are_kept_and_the_names_are_the_originals(pair: Any, observe
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, reentrant: bool = False) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.reentrant = inner, reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=self.reentrant)
         return result
 
 
@@ -144,9 +144,45 @@ def test_below_a_checkpoint_gradients_are_right_and_nothing_more_is_saved(observ
     assert observed(lean, x) == observed(model, x), "a checkpoint keeps its input, whatever is in it"
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_the_model_checkpoints_itself_stays_so_and_nothing_in_it_is_rewritten(reentrant: bool, observed: Any) -> None:
+    inner, x = nn.Sequential(Mlp(), Mlp()), torch.randn(50, 8)
+    model = nn.Sequential(nn.Linear(8, 8), Checkpointed(inner, reentrant), Mlp()).train()
+    lean = tautomer.optimize(copy.deepcopy(model), (x,), recipe="finetune")
+    assert {a.id.partition("@")[2][0] for a in lean.report.applications} == {"2"}
+    refused = {r.reason for r in lean.report.refusals if "@1." in r.id and r.rewrite == "pack-dropout-masks"}
+    assert refused == {
+        "it is in a checkpoint, which keeps what it is given and nothing of what it computes: nothing would be freed"
+    }
+    assert not [note for note in lean.report.notes if note.rewrite == "finetune"]
+    forced, dissolved = copy.deepcopy(model), copy.deepcopy(model)
+    forced[1].inner = tautomer.optimize(copy.deepcopy(inner), (x,), recipe="finetune")
+    dissolved[1] = inner
+    assert forced[1].inner.report.fired("pack-dropout-masks") == 2 and observed(forced, x) == observed(model, x), (
+        "it would free nothing"
+    )
+    assert tautomer.saved_tensors(lean).bytes == observed(lean, x) < observed(model, x) < observed(dissolved, x)
+    gradients = []
+    for form in (model, lean):
+        torch.manual_seed(0)
+        form(x).square().sum().backward()
+        gradients.append([p.grad for p in form.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_hugging_faces_own_checkpoints_stay(observed: Any) -> None:
+    model, ids = gpt2(), IDS[0]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    lean = tautomer.optimize(copy.deepcopy(model), (), {"input_ids": ids}, recipe="finetune")
+    assert observed(lean, input_ids=ids) == tautomer.saved_tensors(lean).bytes <= observed(model, input_ids=ids)
+    assert losses(lean) == pytest.approx(losses(model), abs=1e-5)
+
+
 def test_a_checkpoint_that_the_capture_dissolves_is_told(observed: Any) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), Checkpointed(nn.Sequential(Mlp(), Mlp()))).train(), torch.randn(50, 8)
-    lean = tautomer.optimize(model, (x,), recipe="finetune")
+    """A second run would move the statistics of a batch norm twice: a captured graph does not."""
+    inner = nn.Sequential(nn.BatchNorm1d(8), Mlp(), Mlp())
+    model, x = nn.Sequential(nn.Linear(8, 8), Checkpointed(inner)).train(), torch.randn(50, 8)
+    lean = tautomer.optimize(copy.deepcopy(model), (x,), recipe="finetune")
     as_written, ours = observed(model, x), observed(lean, x)
     assert as_written < ours
     (note,) = [note.text for note in lean.report.notes if note.rewrite == "finetune"]

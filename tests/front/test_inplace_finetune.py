@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,3 +75,75 @@ def test_two_bits_are_written_back_on_request_alone(exact: bool, observed: Any) 
     assert done.report.fired("approximate-activations") == (not exact)
     assert type(model[0].act) is (nn.GELU if exact else type(model[0].act)) and isinstance(model[0].act, nn.GELU)
     assert (observed(model, X) < 0.4 * observed(original, X)) is (not exact)
+
+
+def test_a_block_is_run_again_by_its_own_class(observed: Any, tmp_path: Path) -> None:
+    original = nn.Sequential(Layer(), Layer(), nn.Linear(16, 4)).train()
+    model = copy.deepcopy(original)
+    done = tautomer.optimize_(model, (X,), recipe="finetune", passes=["checkpoint-blocks"])
+    assert done.modules == ("0", "1") and type(model[0]).__name__ == "RewrittenLayer" and isinstance(model[0], Layer)
+    assert observed(model, X) == 3 * X.numel() * 4 and model.state_dict().keys() == original.state_dict().keys()
+    tautomer.save_form(model, tmp_path)
+    loaded = copy.deepcopy(original)
+    tautomer.load_form(loaded, tmp_path)
+    for form in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(form), gradients(original), strict=True))
+        assert observed(form, X) == observed(model, X)
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager_decomp_partition")
+    torch.testing.assert_close(compiled(X), original.eval()(X))
+
+
+class Cached(nn.Module):
+    """A block that may be given a store to append to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, *, store: Any = None) -> Tensor:
+        if store is not None:
+            store.append(x)
+        result: Tensor = x + self.down(self.up(x).tanh())
+        return result
+
+
+def test_a_call_with_a_cache_is_not_run_again() -> None:
+    class Store:
+        def __init__(self) -> None:
+            self.held: list[Tensor] = []
+
+        def append(self, x: Tensor) -> None:
+            self.held.append(x)
+
+    model, store = nn.Sequential(Cached(), Cached()), Store()
+    done = tautomer.optimize_(model, (X,), recipe="finetune", passes=["checkpoint-blocks"])
+    assert done.modules == ("0", "1")
+    model[0](X, store=store).sum().backward()
+    assert len(store.held) == 1
+
+
+def test_what_is_no_module_is_refused_and_said() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.ModuleList([Layer()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = self.layer[0](x)
+            return x
+
+    model = Twice().train()
+    done = tautomer.optimize_(model, (X,), recipe="finetune", passes=["checkpoint-blocks"])
+    assert not done.modules and type(model.layer[0]) is Layer
+    assert {r.reason for r in done.report.refusals} == {"it cannot be written back: 'layer.0' is called more than once"}
+
+
+def test_a_budget_is_met_in_place(observed: Any) -> None:
+    original = nn.Sequential(*(Layer() for _ in range(3)), nn.Linear(16, 4)).train()
+    model = copy.deepcopy(original)
+    done = tautomer.optimize_(model, (X,), recipe=tautomer.Finetune(budget=0.5))
+    plan = done.report.plan
+    assert {block.choice for block in plan.blocks} >= {"checkpoint"}
+    assert observed(model, X) == plan.after <= plan.budget == observed(original, X) // 2
+    _require_the_same(model, original)

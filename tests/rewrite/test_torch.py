@@ -7,8 +7,10 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tautomer.rewrite import _torch
+from tautomer.rewrite.functions import without_checkpoints
 
 
 class Doubles(nn.Module):
@@ -197,3 +199,18 @@ def test_replay_is_under_the_autocast_of_the_graph_and_leaves_it():
 def test_cpp_compiler():
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert _torch.cpp_compiler() is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_of_what_is_traced_in_a_checkpoint(reentrant: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, x):
+            inner = lambda y: checkpoint(torch.sin, y.exp(), use_reentrant=False)  # noqa: E731
+            return checkpoint(inner, x.cos(), use_reentrant=reentrant).tan()
+
+    with without_checkpoints():
+        exported = torch.export.export(Model(), (torch.ones(2, requires_grad=True),), strict=False)
+    graph = _torch.unlifted_module(exported).graph
+    parts = {str(n.target): _torch.checkpoint_of(n) for n in graph.nodes if n.op == "call_function"}
+    assert parts["aten.cos.default"] is parts["aten.tan.default"] is None
+    assert parts["aten.exp.default"] == parts["aten.sin.default"] is not None
