@@ -6,7 +6,7 @@
 
 The forward keeps its bits, and so do gradients of activations; that of W is the product of dy with x as it is read back, off by
 half a step at most in each entry. Layers that read one x share q. Nothing is gained where something else keeps x, and an exact
-rewrite keeps nothing where it can compute x again (``recompute-inputs``): so this comes after the exact ones, where a user asks for
+rewrite keeps nothing where it can compute x again (``recompute-inputs``): so this comes after the exact ones, if a user asks for
 it.
 
 arXiv:2111.11124 (Mesa), whose ranges are running means; these are the group's own.
