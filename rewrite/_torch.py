@@ -313,11 +313,12 @@ def checkpoint_of(node: fx.Node) -> str | None:
 
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Inside, a checkpoint that is not reentrant is a plain call, which ``in_checkpoint`` marks."""
+    """Inside, a checkpoint that is not reentrant is a plain call, which ``in_checkpoint`` marks, and an export keeps the marks."""
 
     def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
         with in_checkpoint():
             yield
 
-    with patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator):
+    marked = patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator)
+    with fx_traceback.preserve_node_meta(), marked:
         yield

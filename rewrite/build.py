@@ -28,6 +28,9 @@ from .weights import Weights
 
 aten = torch.ops.aten
 
+_TRACED = ("custom", "seq_nr", "original_aten")
+"""Metadata that only the tracer needs."""
+
 # Checks that export writes into the graph: extra readers of what they check, and no part of the computation.
 _CHECKS = frozenset({
     aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg,
@@ -144,7 +147,7 @@ class _Translation:
             return
         attribute = node.op == "get_attr"
         new = self._attribute(graph, prefix + str(node.target)) if attribute else graph.node_copy(node, mapped.__getitem__)
-        new.meta = {**node.meta, **new.meta}
+        new.meta = {**{key: value for key, value in node.meta.items() if key not in _TRACED}, **new.meta}
         if node.op == "call_function" and (part := checkpoint_of(node)) is not None:
             new.meta[CHECKPOINT] = part
         self._relocate(new)

@@ -51,7 +51,7 @@ class StoreEightBits(Pass):
 
     def run(self, program: Program, context: Context) -> None:
         saved, editor = saved_in_training(program, self.autocast), Editor(program)
-        for value in list(program.graph.nodes):
+        for value in reversed(list(program.graph.nodes)):  # names of ``saved`` above a value are then still those of the graph
             layers = sorted(user for user in value.users if value.op != "get_attr" and reads(user, value))
             if not layers or not context.admits(self, layers[0]):
                 continue

@@ -222,20 +222,25 @@ class Checkpointed(nn.Module):
         return checkpoint(self.second, self.first(x), use_reentrant=self.reentrant)
 
 
-def test_a_checkpoint_dissolves_and_the_table_says_so() -> None:
-    model, args = Checkpointed(reentrant=False), x(2, 6, 32)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_a_checkpoint_keeps_what_it_is_given() -> None:
+    args = x(2, 6, 32)
+    model = Checkpointed(reentrant=False)
     saved = tautomer.saved_tensors(model, args)
-    assert saved.bytes == observed(nn.Sequential(model.first, model.second), args, {})
+    assert saved.bytes == observed(model, args, {}) == 2 * 2 * 6 * 32 * 4 and not saved.notes
+    assert saved.recomputed > 2 * 12 * 32 * (96 + 32 + 2 * 64)
+    assert tautomer.saved_tensors(Checkpointed(reentrant=True), args).bytes == saved.bytes
+
+
+def test_a_checkpoint_that_cannot_be_run_again_dissolves_and_the_table_says_so() -> None:
+    """A captured graph writes the statistics of a batch norm once."""
+    model, args = Checkpointed(reentrant=False), x(4, 3, 8, 8)
+    model.first, model.second = nn.Conv2d(3, 3, 1), Residual()
+    model.second.relu.inplace = False
+    saved = tautomer.saved_tensors(model.train(), args)
     (note,) = saved.notes
     assert f"keeps {observed(model, args, {}):,} bytes" in note and "torch.utils.checkpoint" in note
     assert note in " ".join(str(saved).split())
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-def test_a_reentrant_checkpoint_is_said_to_keep_something_else() -> None:
-    model, args = Checkpointed(reentrant=True), x(2, 6, 32)
-    (note,) = tautomer.saved_tensors(model, args).notes
-    assert f"keeps {observed(model, args, {}):,} bytes" in note and "torch.utils.checkpoint" in note
 
 
 def test_who_needs_what_and_what_would_go() -> None:
