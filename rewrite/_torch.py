@@ -313,7 +313,7 @@ def checkpoint_of(node: fx.Node) -> str | None:
 
 @contextlib.contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Inside, a checkpoint that is not reentrant is a plain call, which ``in_checkpoint`` marks, and an export keeps the marks."""
+    """Inside, a checkpoint that is not reentrant is a plain call that ``in_checkpoint`` marks, and an export keeps the marks."""
 
     def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
         with in_checkpoint():

@@ -121,7 +121,7 @@ def _bytes(trials: Sequence[Trial]) -> tuple[int, Counter[tuple[int, int]]]:
     for way, trial in enumerate(trials):
         seen = Counter[Key]()
         for tensor in trial.saved.tensors:
-            alike = (tensor.node, tensor.kind, tensor.made_by, tensor.bytes)
+            alike: Key = (tensor.node, tensor.kind, tensor.made_by, tensor.bytes)
             key = (*alike, seen[alike])
             seen[alike] += 1
             size[key] = tensor.bytes

@@ -20,7 +20,7 @@ def flops_of(op: Any, args: Sequence[Any], result: Any) -> int:
     if formula is not None:
         return int(formula(*args, out_val=result))
     if name.startswith("aten::_scaled_dot_product") and not name.endswith("backward"):
-        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
+        return int(sdpa_flop_count(*(x.shape for x in args[:3])))  # type: ignore[no-untyped-call]
     if name == "tautomer::linear_from":
         return 2 * int(result.numel()) * int(args[1].shape[1])
     if any(made.alias_info is not None for made in op._schema.returns):

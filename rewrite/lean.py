@@ -429,7 +429,7 @@ def grouped(x: Tensor) -> Tensor:
     tail = -x.shape[-1] % GROUP
     if not isinstance(tail, int) or tail:  # a symbolic size is no condition
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], tail)], -1)
-    return x.unflatten(-1, (-1, GROUP))
+    return x.unflatten(-1, (-1, GROUP))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,7 +447,7 @@ def from_eight_bits(q: Tensor, ranges: Tensor) -> Tensor:
     """low + step q."""
     if ranges.shape[-2] == 0:
         return q.to(ranges.dtype)
-    low, step = ranges.split(1, -1)
+    low, step = ranges[..., :1], ranges[..., 1:]
     return (low + step * grouped(q.to(ranges.dtype))).flatten(-2)[..., : q.shape[-1]]
 
 
