@@ -130,7 +130,7 @@ def test_exported_the_graph_is_flat(pair: Any) -> None:
     assert torch.equal(flat.module()(X), model.eval()(X))
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.zoo)])
 def test_what_is_inside_would_free_nothing(late: bool, captured: Any, pair: Any, observed: Any) -> None:
     """Below a checkpoint an input that is computed again is no less: the boundary alone is kept."""
     model, once = copy.deepcopy(pair)

