@@ -110,10 +110,9 @@ def test_compiled_the_checkpoints_are_kept(pair: Any, observed: Any) -> None:
     for m in (model, fast):
         m.eval()  # compiled code draws other numbers
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager_decomp_partition")
-    stock = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
     for a, b in zip(gradients(compiled), gradients(model), strict=True):
         torch.testing.assert_close(a, b)
-    assert observed(compiled, X) < 0.6 * observed(stock, X)
+    assert observed(compiled, X) < 0.5 * observed(model, X)
 
 
 def test_under_autocast_the_table_is_right_and_gradients_are_the_originals(pair: Any, observed: Any) -> None:
