@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="of 16 windows, to calibrate on")
     parser.add_argument("--evaluate", type=int, default=16, help="batches of 64 windows")
     parser.add_argument("--recover", type=int, default=0, help="steps of training afterwards")
-    parser.add_argument("--rate", type=float, default=1e-4, help="of it, at its highest")
+    parser.add_argument("--rate", type=float, default=3e-5, help="of it, at its highest")
     parser.add_argument("--size", type=int, default=4, help="windows in a step of it")
     options = parser.parse_args()
     torch.set_num_threads(1)
