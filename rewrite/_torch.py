@@ -322,4 +322,4 @@ def known_translations() -> Iterator[None]:
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = make
+        ONNXRegistry.from_torchlib = make  # type: ignore[method-assign]
