@@ -145,7 +145,7 @@ def optimize_(
     _require_a_bare_model(model)
     recipe = _recipe(recipe)
     tell, where, chosen = _progress(progress), _target(target), _passes(recipe, passes)
-    context = Context(only=_entries("only", only), skip=_entries("skip", skip), data=_data(data, tell))
+    context = Context(only=_entries("only", only), skip=_entries("skip", skip), data=_data(data, tell), target=where)
     start = perf_counter()
     tell("capturing")
     again = functools.partial(_capture, model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
