@@ -19,7 +19,7 @@ from time import perf_counter
 from ._torch import no_new_guards
 from .claims import ALGEBRAIC, BITWISE, FORWARD_ORDER, GRADIENT_ORDER, Claim
 from .engine import apply_rules
-from .errors import ClaimBroken
+from .errors import ClaimBroken, Refused
 from .evidence import Difference, Evidence
 from .pass_base import Application, Context, Log, Pass, Purpose, Refusal
 from .program import Program
@@ -103,6 +103,28 @@ def _run_chain(
 ) -> bool:  # fmt: skip
     """Apply and answer for a chain; whether anything fired. ``before`` is the program as it is now."""
     start, fuel = _mark(context.log), context.fuel
+    try:
+        return _try_chain(members, program, before, target, context, outcome, check)
+    except _GaveUp as gave_up:
+        program.restore(before.copy())
+        context.fuel = fuel
+        _forget(context.log, start)
+        rewrite = gave_up.rewrite
+        outcome.log.refuse(Refusal(rewrite.name, rewrite.name, f"rolled back: {gave_up}"))
+        left = [member for member in members if member is not rewrite]
+        return _run_chain(left, program, before, target, context, outcome, check)
+
+
+def _try_chain(
+    members: Sequence[Pass], program: Program, before: Program, target: Target | None, context: Context, outcome: Outcome,
+    check: bool,
+) -> bool:  # fmt: skip
+    """As of ``_run_chain``.
+
+    Raises:
+        _GaveUp: a pass met what it cannot do with part of its work done.
+    """
+    start, fuel = _mark(context.log), context.fuel
     chain: list[Pass] = []
     for group in _groups(members):
         # A form is chosen for what was recognised by then, not for what was captured.
@@ -183,8 +205,19 @@ def _apply(group: Sequence[Pass], program: Program, context: Context) -> None:
         note_misses(rules, program, context)
         return
     for rewrite in group:
-        rewrite.run(program, context)
+        try:
+            rewrite.run(program, context)
+        except Refused as refusal:
+            raise _GaveUp(rewrite, str(refusal)) from refusal
     program.graph.lint()
+
+
+class _GaveUp(Exception):
+    """A pass that sees the whole graph was refused in the middle of it."""
+
+    def __init__(self, rewrite: Pass, reason: str) -> None:
+        super().__init__(reason)
+        self.rewrite = rewrite
 
 
 def _groups(passes: Sequence[Pass]) -> list[list[Pass]]:

@@ -174,4 +174,4 @@ def test_an_encoder_decoder_is_two_files(name, tmp_path):
         feed = {**held, "decoder_input_ids": token, "encoder_outputs_last_hidden_state": held["encoder_last_hidden_state"]}
     options = {"max_new_tokens": 20, "do_sample": False, "decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)}
     wanted = model.generate(**{given: shorter}, **options, eos_token_id=None)
-    assert min(margins) > 1e-5 and tokens.tolist() == wanted.tolist()
+    assert min(margins) > 1e-5 and tokens[:, 1:].tolist() == wanted[:, -20:].tolist()  # Whisper leaves the first one out

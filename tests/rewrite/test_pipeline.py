@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, APPROXIMATE, ARCHITECTURE, BITWISE, FORWARD
 from tautomer.rewrite.engine import apply_rules
+from tautomer.rewrite.errors import Refused
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.pass_base import Context, Pass
 from tautomer.rewrite.pipeline import claim_of, run_passes
@@ -83,6 +84,24 @@ def test_a_pass_that_lies_is_rolled_back_and_the_rest_stands() -> None:
     outcome = run_passes((Lie(), Double()), program)
     assert list(outcome.withdrawn) == ["lie"] and program.count(aten.neg.default) == 0
     assert [a.rewrite for a in outcome.log.applications] == ["double"] and program.count(aten.add.Tensor) == 0
+
+
+class GiveUp(Lie):
+    """Does half of its work, and then meets what it cannot do."""
+
+    def run(self, program: Program, context: Context) -> None:
+        super().run(program, context)
+        raise Refused("the rest depends on the input")
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_pass_that_gives_up_half_way_is_undone_and_the_rest_stands(check: bool) -> None:
+    program = net()
+    outcome = run_passes((Double(), GiveUp()), program, check=check)
+    assert program.count(aten.neg.default) == 0 and program.count(aten.mul.Tensor) == 2
+    assert [(r.rewrite, r.reason) for r in outcome.log.refusals] == [
+        ("give-up", "rolled back: the rest depends on the input")
+    ] and [a.rewrite for a in outcome.log.applications] == ["double"]
 
 
 def test_rules_of_one_group_are_admitted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ FUSED = {
 """Operators of a file, and what stands for one of them in a rewritten graph."""
 
 
-SHORT = (("llama", "cpu"), ("bert", "cuda"))
+SHORT = (("bert", "cuda"),)
 HALF = [(name, provider) for name in ZOO for provider in ("cpu", "cuda")]
 
 
