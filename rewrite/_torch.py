@@ -61,7 +61,6 @@ __all__ = [
     "statically_known_true",
     "storage_key",
     "traced",
-    "uncached_fakes",
     "unlifted_module",
 ]
 
@@ -102,13 +101,6 @@ def no_new_guards(mode: FakeTensorMode | None) -> Iterator[None]:
 def oblivious_sizes() -> Iterator[None]:
     """Inside, export does not specialise sizes of 0 and 1."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        yield
-
-
-@contextlib.contextmanager
-def uncached_fakes() -> Iterator[None]:
-    """Inside, a new fake mode runs every op: to remember what one makes of symbolic sizes takes longer than to run it."""
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
 
 

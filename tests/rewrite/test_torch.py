@@ -88,12 +88,6 @@ def test_oblivious_sizes():
     assert not isinstance(x.meta["val"].shape[0], int)
 
 
-def test_uncached_fakes():
-    with _torch.uncached_fakes():
-        assert not _torch.FakeTensorMode().cache_enabled
-    assert _torch.FakeTensorMode().cache_enabled
-
-
 def test_erased():
     graph = torch.fx.Graph()
     node = graph.placeholder("x")
