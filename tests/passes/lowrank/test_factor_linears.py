@@ -105,6 +105,8 @@ def test_convolutions_that_are_linear_layers() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.grouped(self.strided(self.wide(F.relu(self.point(x)))))
 
+    single = optimize(Pointwise().eval(), None, FactorLinears(0.5), torch.randn(2, D, 9, 9))
+    assert single.report.fired(NAME) == 1 and single(torch.randn(20, D, 9, 9)).shape[0] == 20
     model, x = Pointwise().double().eval(), torch.randn(2, D, 9, 9, dtype=torch.float64)
     fast = optimize(model, [x], FactorLinears(0.5, allocation="uniform", error="layer"), x)
     assert fast.report.fired(NAME) == 1
