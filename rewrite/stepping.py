@@ -45,7 +45,7 @@ class Stepping:
         window: the longest past that an attention treats unlike those that are longer.
         grows: the places whose state becomes longer with every position.
         counted: the names of the nodes that count positions.
-        positions: how many rows a table has of which the first are read; None if none is. One that is looked up in says so itself.
+        positions: how many rows a table has of which the first are read; None if none is. A lookup fails alone.
     """
 
     program: Program

@@ -232,7 +232,7 @@ def test_with_live_edits_it_refuses() -> None:
 
 @pytest.mark.parametrize(
     "options", [{"ratio": 0}, {"ratio": "0.5"}, {"allocation": "best"}, {"multiple": 0}, {"generations": -1}, {"error": "layer"},
-     {"of": "bytes"}, {"of": "latency", "allocation": "threshold"}],
+     {"multiple": 2.5}, {"generations": 1.5}, {"of": "bytes"}, {"of": "latency", "allocation": "threshold"}],
 )  # fmt: skip
 def test_wrong_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
