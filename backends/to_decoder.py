@@ -99,6 +99,9 @@ class Decoder:
             UsageError: the tokens are not one per sample of the state, or the model has no such position.
         """
         assert self._expected is not None
+        if not isinstance(tokens, Tensor) or not isinstance(state, State):
+            given = f"{type(tokens).__name__} and {type(state).__name__}"
+            raise UsageError(f"a step takes a tensor of tokens and the state that prefill or a step returned, not {given}")
         if tokens.ndim == len(self._expected.shape) - 1:
             tokens = tokens.unsqueeze(1)
         batch = state.tensors[0].shape[0]
@@ -121,6 +124,8 @@ class Decoder:
 
         Example: ``decoder.generate(ids, 20, lambda logits: torch.multinomial((logits / 0.8).softmax(-1), 1)[:, 0])``
         """
+        if not isinstance(new, int) or new < 0:
+            raise UsageError(f"new is {new!r}", hint="how many tokens, 0 or more")
         logits, state = self.prefill(tokens)
         if logits.ndim != 3 or tokens.is_floating_point():
             raise UsageError(
@@ -129,6 +134,9 @@ class Decoder:
         found, logits = [tokens], logits[:, -1]
         for left in range(new - 1, -1, -1):
             chosen = logits.argmax(-1) if choose is None else choose(logits)
+            if chosen.shape != logits.shape[:1]:
+                shape = f"tokens of shape {list(chosen.shape)} from logits of shape {list(logits.shape)}"
+                raise UsageError(f"choose returns {shape}: one of each sample, [{len(logits)}]")
             found.append(chosen.unsqueeze(1).to(tokens.dtype))
             if left:
                 logits, state = self.step(chosen, state)
@@ -138,10 +146,12 @@ class Decoder:
         check_inputs([tokens], [self._expected], self._owner)
         if not tokens.shape[1]:
             raise UsageError("a prompt of no tokens", hint="begin with the token that begins a text")
+        last, known = int(rest[0]) if rest else tokens.shape[1] - 1, self.stepping.positions
+        if known is not None and last >= known:
+            raise UsageError(f"{self._owner} has no position {last}: it has {known}")
         try:
             return module._run(*self.stepping.flat(tokens), *rest)
         except IndexError as beyond:
-            last = int(rest[0]) if rest else tokens.shape[1] - 1
             raise UsageError(f"{self._owner} has no position {last}, or no such token: {beyond}") from beyond
 
 

@@ -344,6 +344,14 @@ class Compile(Recipe):
         return (*raising, MergeEqualExpressions(), DropDeadCode())
 
 
+_NUMBERS: Mapping[str, Any] = {
+    "int": int,
+    "int | None": int | None,
+    "float": int | float,
+    "float | None": int | float | None,
+}
+
+
 class LongContext(Recipe):
     """A cheaper form of attention, for sequences that are long: what was written by hand is recognised, and one method applied.
 
@@ -365,6 +373,10 @@ class LongContext(Recipe):
         except TypeError as wrong:
             known = ", ".join(field.name for field in fields(METHODS[method]))
             raise UsageError(f"{method}: {wrong}", hint=f"its options are {known}") from wrong
+        for field in fields(self.substitute):
+            value, kind = getattr(self.substitute, field.name), _NUMBERS.get(str(field.type))
+            if kind is not None and not isinstance(value, kind):
+                raise UsageError(f"{method}: {field.name} is {value!r}, which is no {field.type}")
 
     def passes(self) -> tuple[Pass, ...]:
         return (*(kind() for kind in RAISE), RegroupProducts(), self.substitute, *(kind() for kind in CLEANUP))

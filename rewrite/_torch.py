@@ -33,6 +33,7 @@ __all__ = [
     "OperatorObserver",
     "Replay",
     "ShapeEnv",
+    "any_batch",
     "autocast_region",
     "backend_named",
     "below_autocast",
@@ -102,6 +103,18 @@ def oblivious_sizes() -> Iterator[None]:
     """Inside, export does not specialise sizes of 0 and 1."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
+
+
+@contextlib.contextmanager
+def any_batch() -> Iterator[None]:
+    """Inside, a fake convolution asks for neither oneDNN nor NNPACK, which are chosen by the batch: a guard on a free size."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.nnpack.flags(enabled=False):  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 @contextlib.contextmanager

@@ -55,8 +55,8 @@ class Data:
         if isinstance(self.calls, (Tensor, Mapping, str)) or not isinstance(self.calls, Iterable):
             shown = type(self.calls).__name__
             raise UsageError(f"data is an iterable of example calls, not one {shown}", hint="data=[…] or a DataLoader")
-        if self.every < 1:
-            raise UsageError(f"every is {self.every}", hint="how many calls are between two writes, 1 or more")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise UsageError(f"every is {self.every!r}", hint="how many calls are between two writes, 1 or more")
 
     def checkpoint(self, what: str, program: Program, about: Mapping[str, Any]) -> Checkpoint:
         """The sums ``what`` over all calls, as far as an earlier run came with them.

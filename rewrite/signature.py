@@ -92,7 +92,8 @@ class Signature:
             values.append(self._take(name, given))
         values.extend(extra)
         if len(values) != self.positional:
-            raise UsageError(f"{self.owner} takes {self.positional} positional arguments, {len(args)} were given")
+            takes = max(self.positional, len(names))
+            raise UsageError(f"{self.owner} takes {takes} positional arguments, {len(args)} were given")
         keywords = {name: self._take(name, given) for name in self.keywords}
         self._refuse_new(given)
         flat, spec = pytree.tree_flatten((tuple(values), keywords))

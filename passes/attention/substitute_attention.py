@@ -52,7 +52,7 @@ class SubstituteAttention(Pass):
         crosses: whether queries may come from another tensor than keys, or be fewer.
 
     Attributes:
-        layers: which attentions, by their number in the program (the last is -1) or by module path; None is all.
+        layers: which attentions, by their number in the program (the last is -1) or by module path; one or several, None is all.
         budget: the divergence of the model's outputs (KL of its logits, or their relative error if it has none) that may not be
             exceeded on ``data``: where it would be, attentions stay as they are (layer_budget.py). None is no limit.
     """
@@ -60,7 +60,7 @@ class SubstituteAttention(Pass):
     represents: ClassVar[Masking] = Masking(0)
     crosses: ClassVar[bool] = False
     _: KW_ONLY
-    layers: Sequence[int | str] | None = None
+    layers: Sequence[int | str] | int | str | None = None
     budget: float | None = None
 
     def run(self, program: Program, context: Context) -> None:
@@ -206,7 +206,7 @@ class SubstituteAttention(Pass):
         if self.layers is None:
             return nodes
         chosen = set[fx.Node]()
-        for layer in self.layers:
+        for layer in (self.layers,) if isinstance(self.layers, int | str) else self.layers:
             if isinstance(layer, int):
                 found = nodes[layer : layer + 1 or None]
             else:

@@ -134,8 +134,10 @@ class FactorLinears(Pass):
             raise UsageError("a threshold needs ranks of equal cost, which times are not", hint="allocation='predicted'")
         if allocation in ("predicted", "threshold") and error == "layer":
             raise UsageError("errors of layers cannot be compared", hint="error='outputs', or allocation='measured' or 'uniform'")
-        if (multiple is not None and multiple < 1) or calls < 1 or generations < 0:
-            raise UsageError("multiple and calls are at least 1, generations at least 0")
+        numbers = (("multiple", 1 if multiple is None else multiple, 1), ("calls", calls, 1), ("generations", generations, 0))
+        for name, number, least in numbers:
+            if not isinstance(number, int) or number < least:
+                raise UsageError(f"{name} is {number!r}", hint=f"a whole number, {least} or more")
         self.ratio, self.of, self.allocation, self.multiple, self.generations = ratio, of, allocation, multiple, generations
         self.error, self.calls, self.tokens, self.seed = error, calls, tokens, seed
         self.sequential = sequential

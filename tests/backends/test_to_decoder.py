@@ -111,6 +111,39 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         tautomer.decoder(Model())
 
 
+class Sliced(Model):
+    """Its positions are the first rows of a table."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids) + self.places.weight[: ids.shape[1]]
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: torch.Tensor = self.head(y.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_the_rows_of_a_table_end() -> None:
+    recipe = tautomer.LongContext("window", window=8)
+    fast = tautomer.optimize(Sliced().eval(), (IDS,), recipe=recipe, check=False)
+    decoder = tautomer.decoder(fast)
+    assert decoder.checked == ("1 + 2", "5 + 2") and decoder.stepping.positions == 12
+    assert decoder.generate(IDS, 4).shape == (2, 13)
+    for beyond in (lambda: decoder.generate(IDS, 5), lambda: decoder.prefill(torch.cat((IDS, IDS[:, :4]), 1))):
+        with pytest.raises(UsageError, match="has no position 12: it has 12"):
+            beyond()
+
+
+def test_wrong_choices_are_one_sentence() -> None:
+    decoder = tautomer.decoder(small())
+    with pytest.raises(UsageError, match=r"choose returns tokens of shape \[2, 1\].*one of each sample, \[2\]"):
+        decoder.generate(IDS, 2, lambda logits: torch.multinomial(logits.softmax(-1), 1))
+    with pytest.raises(UsageError, match="new is -1"):
+        decoder.generate(IDS, -1)
+    wrong: Any = [1, 2]
+    with pytest.raises(UsageError, match="not list and State"):
+        decoder.step(wrong, decoder.prefill(IDS)[1])
+
+
 def test_the_example_of_its_docstring() -> None:
     names = {"nn": nn, "torch": torch, **{name: getattr(tautomer, name) for name in tautomer.__all__}}
     found = doctest.testmod(sys.modules["tautomer.backends.to_decoder"], extraglobs=names)

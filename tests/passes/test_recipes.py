@@ -225,3 +225,9 @@ def test_a_method_or_an_option_that_is_not_there_is_named():
         tautomer.LongContext("windw")
     with pytest.raises(UsageError, match="unexpected keyword argument 'wnd'"):
         tautomer.LongContext("window", wnd=3)
+
+
+@pytest.mark.parametrize(("option", "kind"), [({"window": 2.5}, "int"), ({"budget": "a"}, r"float \| None")])
+def test_an_option_of_another_kind_is_refused_at_once(option, kind):
+    with pytest.raises(UsageError, match=f"which is no {kind}"):
+        tautomer.LongContext("window", **option)

@@ -82,6 +82,12 @@ def test_an_unbatched_input_and_one_whose_size_the_weights_fix():
         program.signature.bind((torch.randn(5),), {})
 
 
+def test_a_call_with_too_many_arguments_hears_how_many_there_are():
+    program = capture(nn.Linear(4, 2), (), {"input": torch.randn(3, 4)})
+    with pytest.raises(UsageError, match="Linear takes 1 positional arguments, 2 were given"):
+        program.signature.bind((torch.randn(3, 4), 1), {})
+
+
 def test_the_same_tensor_given_twice_is_two_inputs():
     class Sum(nn.Module):
         def forward(self, x, y):

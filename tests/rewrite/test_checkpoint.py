@@ -132,5 +132,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         statistics(program(), Data(CALLS, folder=tmp_path / "file"))
-    with pytest.raises(UsageError, match="every is 0"):
-        Data(CALLS, folder=tmp_path, every=0)
+    wrong: Any = 2.5
+    for every in (0, wrong):
+        with pytest.raises(UsageError, match=f"every is {every}"):
+            Data(CALLS, folder=tmp_path, every=every)

@@ -75,6 +75,24 @@ def test_no_new_guards(exported):
         pass
 
 
+def test_any_batch():
+    def kernels():
+        return torch._C._get_mkldnn_enabled(), torch._C._get_nnpack_enabled()
+
+    conv, before = nn.Conv2d(3, 7, 1), kernels()
+    sizes = {"input": {0: torch.export.Dim.AUTO}}
+    exported = torch.export.export(conv, (torch.ones(2, 3, 4, 4),), strict=False, dynamic_shapes=sizes)
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
+    mode = _torch.fake_mode_of(exported.graph)
+    x, weight = values["input"], values["p_weight"][:5]
+    with mode, _torch.no_new_guards(mode):
+        with pytest.raises(Exception, match="16"):
+            torch.ops.aten.conv2d.default(x, weight)
+        with _torch.any_batch():
+            assert torch.ops.aten.conv2d.default(x, weight).shape[1:] == (5, 4, 4)
+    assert kernels() == before
+
+
 def test_statically_known_true(exported):
     size = next(n for n in exported.graph.nodes if n.name == "x").meta["val"].shape[0]
     assert _torch.statically_known_true(size == size) and not _torch.statically_known_true(size == 4)

@@ -67,6 +67,7 @@ def test_layers_are_chosen_by_number_or_by_path() -> None:
     assert places() == ["0", "1", "2"]
     assert places(layers=(-1, 0)) == ["0", "2"]
     assert places(layers=["1"], skip=["2"]) == ["1"]
+    assert (places(layers=1), places(layers="2")) == (["1"], ["2"])
     assert places(fuel=2) == ["0", "1"]
     with pytest.raises(UsageError, match="there is no attention 7"):
         places(layers=[7])
