@@ -83,7 +83,7 @@ class Budget:
         return self._known[choice]
 
     def best(self, budget: int) -> Choice | None:
-        """The choice that computes the least again within ``budget`` bytes; None if none is found."""
+        """The choice that computes the least again within ``budget`` bytes, of those that were tried; None if none is found."""
         least = self.least()
         found = least if self.tried(least).saved.bytes <= budget else None
         aim, aims = budget, set[int]()
