@@ -7,7 +7,6 @@ import copy
 import itertools
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -358,8 +357,8 @@ def known_translations() -> Iterator[None]:
     make = vars(ONNXRegistry)["from_torchlib"]
 
     def remembered(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # The operators of torchvision exist once it is imported.
-        key = (args, *sorted(kwargs.items()), "torchvision" in sys.modules)
+        # An operator exists once what brings it is imported: of quantization, of torchvision.
+        key = (args, *sorted(kwargs.items()), len(torch._C._dispatch_get_all_op_names()))
         if key not in _translations:
             _translations[key] = make.__func__(cls, *args, **kwargs)
         registry = copy.copy(_translations[key])

@@ -256,4 +256,20 @@ def test_known_translations():
     assert second.opset_version == 23 and len(first.get_decomps(target)) == len(second.get_decomps(target)) + 1
     assert second.get_decomps(target)[0] is first.get_decomps(target)[1]
     fresh = ONNXRegistry.from_torchlib(opset_version=23)
-    assert fresh.functions.keys() == second.functions.keys()
+    with _torch.known_translations():
+        assert fresh.functions.keys() == ONNXRegistry.from_torchlib(opset_version=23).functions.keys()
+
+
+def test_translations_are_made_anew_once_there_are_other_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made = list[int]()
+    make = vars(ONNXRegistry)["from_torchlib"].__func__
+    counted = classmethod(lambda cls, *args, **kwargs: made.append(1) or make(cls, *args, **kwargs))
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", counted)
+    with _torch.known_translations(), torch.library._scoped_library("tautomer_test", "DEF") as library:
+        ONNXRegistry.from_torchlib(opset_version=22)
+        ONNXRegistry.from_torchlib(opset_version=22)
+        library.define("fresh(Tensor x) -> Tensor")
+        ONNXRegistry.from_torchlib(opset_version=22)
+    assert len(made) == 2
