@@ -65,21 +65,22 @@ def save_form(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     head = f'"format": {_FORMAT}, "made by": {json.dumps(made)}, "edits": {json.dumps(edits)}'
     head += f', "attention": {json.dumps(attention)}'
     with staged(Path(folder), folder) as beside:
-        _write_missing(Path(folder), beside, tensors)
+        missing = _missing(Path(folder), tensors)
+        if missing:
+            save_tensors(missing, beside / _OWN)
         (beside / FORM).write_text(f'{{{head}, "modules": [\n{lines}\n]}}\n')
+    if not missing:  # only now: until here, what was saved before can be loaded
+        (Path(folder) / _OWN).unlink(missing_ok=True)
     return Path(folder) / FORM
 
 
-def _write_missing(folder: Path, beside: Path, tensors: dict[str, Tensor]) -> None:
-    """Write those of ``tensors`` that no file of the folder has, to ``beside``."""
+def _missing(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``tensors`` that no file of the folder has but the one that ``save_form`` writes."""
     there = _stored(folder, tensors, own=False)
     other = next((name for name, x in there.items() if not _same(x, tensors[name].cpu())), None)
     if other is not None:
         raise UsageError(f"{folder} has another '{other}'", hint="save the weights there first: model.save_pretrained(folder)")
-    if missing := {name: x.cpu().contiguous() for name, x in tensors.items() if name not in there}:
-        save_tensors(missing, beside / _OWN)
-    else:
-        (folder / _OWN).unlink(missing_ok=True)
+    return {name: x.cpu().contiguous() for name, x in tensors.items() if name not in there}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

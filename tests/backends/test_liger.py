@@ -134,8 +134,7 @@ def test_elsewhere_and_under_autocast_the_op_is_the_composition(kernel: Kernel, 
     kernel.calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         mine, theirs = fast(*inputs), model(*inputs)
-    assert mine.dtype == theirs.dtype and kernel.calls == []
-    torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+    assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype and kernel.calls == []
     monkeypatch.setattr(liger, "DEVICES", ("cuda",))
     inputs = tuple(x.double().requires_grad_() for x in inputs)
     mine, theirs = fast.double()(*inputs), model.double()(*inputs)
