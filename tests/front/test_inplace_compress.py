@@ -236,3 +236,23 @@ def test_two_layers_of_one_weight_and_layers_without_a_leaf_stay() -> None:
     reasons = " ".join(r.reason for r in done.report.refusals)
     assert not done.report.fired(NAME) and set(model.state_dict()) == keys
     assert "also read by aten.linear" in reasons and "stands in the forward of Odd" in reasons
+
+
+def test_factors_that_were_saved_stay_until_the_new_form_is_written(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tautomer.save_form(model, tmp_path)
+    factors = tmp_path / "tautomer.safetensors"
+    assert factors.exists()
+    model.save_pretrained(tmp_path)  # has them too: the file beside it is not needed any more
+
+    def full(*args: Any, **kwargs: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "write_text", full)
+        with pytest.raises(UsageError, match="No space left"):
+            tautomer.save_form(model, tmp_path)
+    assert factors.exists()
+    tautomer.save_form(model, tmp_path)
+    assert not factors.exists()
