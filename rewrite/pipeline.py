@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from time import perf_counter
+from typing import Any
 
 from ._torch import no_new_guards
 from .claims import ALGEBRAIC, BITWISE, FORWARD_ORDER, GRADIENT_ORDER, Claim
@@ -164,16 +165,21 @@ def _answer(chain: Sequence[Pass], program: Program, before: Program, log: Log, 
     return Evidence(0.0, differences=(Difference(chain[0].name, chain[0].claim.name, moved),))
 
 
-_Mark = tuple[int, int, int, int]
+_Mark = tuple[int, ...]
 
 
 def _mark(log: Log) -> _Mark:
-    return len(log.applications), len(log.notes), len(log.misses), len(log.estimates)
+    return tuple(map(len, _entries(log)))
 
 
 def _forget(log: Log, mark: _Mark) -> None:
-    for entries, length in zip((log.applications, log.notes, log.misses, log.estimates), mark, strict=True):
-        del entries[length:]  # type: ignore[attr-defined]
+    for entries, length in zip(_entries(log), mark, strict=True):
+        del entries[length:]
+
+
+def _entries(log: Log) -> tuple[list[Any], ...]:
+    """What a rewrite that is undone has not done; what it refused stays said."""
+    return log.applications, log.notes, log.misses, log.estimates, log.attentions
 
 
 @contextmanager

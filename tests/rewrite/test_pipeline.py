@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tautomer.rewrite.attention_report import AttentionReport
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, APPROXIMATE, ARCHITECTURE, BITWISE, FORWARD
 from tautomer.rewrite.engine import apply_rules
@@ -91,6 +92,7 @@ class GiveUp(Lie):
 
     def run(self, program: Program, context: Context) -> None:
         super().run(program, context)
+        context.log.attentions.append(AttentionReport(self.name, self.claim.name, ()))
         raise Refused("the rest depends on the input")
 
 
@@ -102,6 +104,7 @@ def test_a_pass_that_gives_up_half_way_is_undone_and_the_rest_stands(check: bool
     assert [(r.rewrite, r.reason) for r in outcome.log.refusals] == [
         ("give-up", "rolled back: the rest depends on the input")
     ] and [a.rewrite for a in outcome.log.applications] == ["double"]
+    assert outcome.log.attentions == []
 
 
 def test_rules_of_one_group_are_admitted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
