@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ._torch import guards_of
 from .build import build
 from .canonical import canonicalize
-from .errors import CaptureError, Refused, UsageError
+from .errors import CaptureError, DataDependent, Refused, UsageError
 from .example import Call, agrees, answer, call_of, differentiates, functions_of, resized, trials_of
 from .export import PREFIX, Sizes, automatic_sizes, export, given_sizes
 from .functional import functionalize
@@ -72,7 +72,7 @@ def capture(
         parts = _exportable(call)
         if not parts:
             raise
-        raise CaptureError(
+        raise type(error)(
             f"{error.what}\n  can be captured: {', '.join(parts)}",
             where=error.where,
             hint=f"{error.hint}; or tautomer.optimize_parts(model, args, kwargs), which rewrites those submodules",
@@ -136,10 +136,11 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
     for plan in _plans(call, dynamic_shapes):
         try:
             program = _attempt(call, plan, both)
+        except DataDependent as error:
+            failure = failure or error
+            break
         except CaptureError as error:
             failure = failure or error
-            if error.what.find("values of a tensor") >= 0:
-                break
             continue
         verdicts = [agrees(program, trial) for group in trials for trial in group]
         if False in verdicts:

@@ -29,6 +29,10 @@ class CaptureError(TautomerError):
     """The model cannot be captured as a graph."""
 
 
+class DataDependent(CaptureError):
+    """The forward decides by the values of a tensor: no choice of sizes makes that a graph."""
+
+
 class PatternError(TautomerError):
     """A rule is ill-formed: its two sides do not agree on variables, or it names an unknown op."""
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import oblivious_sizes, pytree
-from .errors import CaptureError, UsageError
+from .errors import CaptureError, DataDependent, UsageError
 from .functions import without_checkpoints
 from .record import clone_leaves, silence, undisturbed
 
@@ -145,19 +145,22 @@ def _spread(tree: Any, spec: Any) -> list[Sizes]:
 
 # -- what went wrong ------------------------------------------------------------------------------------------
 
-_REASONS: tuple[tuple[str, str, str], ...] = (
+_REASONS: tuple[tuple[str, type[CaptureError], str, str], ...] = (
     (
         r"data-dependent|DataDependent|unbacked|\bu\d+\b|Could not guard",
+        DataDependent,
         "decides by the values of a tensor, which a graph cannot",
         "torch.where or torch.cond for the decision, or take it out of forward: .item(), .tolist(), `if tensor:` decide",
     ),
     (
         r"[Cc]onstraints violated|dynamic_shapes|specializ",
+        CaptureError,
         "cannot run with the dynamic_shapes that were asked for",
         'dynamic_shapes="auto", or dynamic_shapes=None for exactly the sizes of the example',
     ),
     (
         r"pytree|not supported|unsupported.*(input|output)",
+        CaptureError,
         "takes or returns an object that torch.export does not know",
         "tensors, tuples, dicts and dataclasses, or register the class with torch.utils._pytree.register_pytree_node",
     ),
@@ -169,9 +172,9 @@ def explain(error: BaseException, owner: str) -> CaptureError:
     text = f"{type(error).__name__}: {error}"
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     where = user_line(error)
-    for pattern, reason, hint in _REASONS:
+    for pattern, kind, reason, hint in _REASONS:
         if re.search(pattern, text):
-            return CaptureError(f"{owner} {reason} ({first[:200]})", where=where, hint=hint)
+            return kind(f"{owner} {reason} ({first[:200]})", where=where, hint=hint)
     return CaptureError(
         f"{owner} cannot be captured: {type(error).__name__}: {first[:300]}",
         where=where,
