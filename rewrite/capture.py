@@ -136,11 +136,10 @@ def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
     for plan in _plans(call, dynamic_shapes):
         try:
             program = _attempt(call, plan, both)
-        except DataDependent as error:
-            failure = failure or error
-            break
         except CaptureError as error:
             failure = failure or error
+            if isinstance(error, DataDependent):
+                break
             continue
         verdicts = [agrees(program, trial) for group in trials for trial in group]
         if False in verdicts:

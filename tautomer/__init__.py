@@ -8,34 +8,20 @@ tautomer.export_onnx(fast, "model.onnx", args, kwargs)
 tautomer.nn has norms for models that will be trained.
 """
 
+from tautomer.backends.archive import load, save
 from tautomer.backends.form import load_form, save_form
 from tautomer.backends.to_decoder import to_decoder as decoder
 from tautomer.passes.recipes import Compress, Finetune, Inference, LongContext, Training
 from tautomer.rewrite.calibration import Data
 
 from . import nn as nn
+from ._asked import Catalogue, Explanation, catalogue, explain, saved_tensors
 from ._compiler import CompiledGraph, Compiler, compiler
-from ._front import (
-    Catalogue,
-    Explanation,
-    bench,
-    capture,
-    catalogue,
-    draw,
-    explain,
-    export_onnx,
-    export_package,
-    fold,
-    load,
-    optimize,
-    optimize_parts,
-    save,
-    saved_tensors,
-    to_python,
-    verify,
-)
+from ._front import fold, optimize, optimize_parts, verify
+from ._given import capture
 from ._inplace import Rewriting, fold_, optimize_
 from ._replay import bisect, replay
+from ._written import bench, draw, export_onnx, export_package, to_python
 
 __all__ = [
     "Catalogue",

@@ -38,7 +38,7 @@ from tautomer.rewrite.record import Recording, record
 from tautomer.rewrite.samples import samples
 from tautomer.rewrite.target import Target
 
-from ._front import capture
+from ._given import capture
 from ._settle import LAST, Job, path_of, was_given_up
 
 _ONCE: tuple[type[Pass], ...] = (

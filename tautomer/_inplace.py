@@ -38,7 +38,8 @@ from tautomer.rewrite.target import Target
 from tautomer.rewrite.weights import Weights, marked
 
 from ._blocks import Blocks
-from ._front import Progress, _check_entry, _data, _entries, _passes, _progress, _recipe, _report, _target, capture
+from ._front import report_of
+from ._given import Progress, capture, check_entry, data_of, entries_of, passes_of, progress_of, recipe_of, target_of
 from ._settle import LAST, Job
 
 
@@ -143,15 +144,15 @@ def optimize_(
         (('1',), True, False)
     """
     _require_a_bare_model(model)
-    recipe = _recipe(recipe)
-    tell, where, chosen = _progress(progress), _target(target), _passes(recipe, passes)
-    context = Context(only=_entries("only", only), skip=_entries("skip", skip), data=_data(data, tell), target=where)
+    recipe = recipe_of(recipe)
+    tell, where, chosen = progress_of(progress), target_of(target), passes_of(recipe, passes)
+    context = Context(only=entries_of("only", only), skip=entries_of("skip", skip), data=data_of(data, tell), target=where)
     start = perf_counter()
     tell("capturing")
     again = functools.partial(_capture, model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
     original = again()
     for entry in (*context.only, *context.skip):
-        _check_entry(entry, original)
+        check_entry(entry, original)
     with contextlib.ExitStack() as undo:
         captured, log = undo.enter_context(_attention(model, original, again, chosen, context, check))
         captured.weights.live = recipe.live
@@ -165,7 +166,7 @@ def optimize_(
         outcome.log.applications[:0], outcome.log.refusals[:0] = log.applications, log.refusals
         outcome.log.notes += [Note("optimize_", name, _UNREAD) for name in edit.unread]
         tell("measuring")
-        report = _report(original, program, where, outcome, seconds)
+        report = report_of(original, program, where, outcome, seconds)
         tell("editing")
         before = undo.enter_context(written(model, edit, captured.mode))
         weights = edit.weights.copy()
@@ -184,7 +185,7 @@ def optimize_(
             outcome.log.notes.extend(_stock(reference, weights, claim))
             if blocks.written:
                 tell("measuring")
-                report = _report(reference, edited, where, outcome, seconds)
+                report = report_of(reference, edited, where, outcome, seconds)
         names = {module: name for name, module in model.named_modules()}
         exchanged = (*(names[module] for module in edit.code), *blocks.written)
         edits = edits_of(model)

@@ -16,7 +16,8 @@ from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Application, Log, Pass
 from tautomer.rewrite.target import Target
 
-from ._front import Model, Progress, _passes, capture, optimize
+from ._front import optimize
+from ._given import Model, Progress, capture, passes_of
 
 Metric = Callable[[Rewritten], bool]
 
@@ -58,7 +59,7 @@ def bisect(
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     everything = optimize(program, recipe=recipe, passes=passes, target=target, data=data, check=False)
     pays = {name: gain.pays for name, gain in everything.report.gains.items()}
-    admitted = [p for p in _passes(recipe, passes) if pays.get(p.name, passes is not None or p.phase != "choose")]
+    admitted = [p for p in passes_of(recipe, passes) if pays.get(p.name, passes is not None or p.phase != "choose")]
 
     def rewritten(fuel: int) -> Rewritten:
         tell(f"trying {fuel} of {len(everything.report.applications)} applications")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tautomer
-from tautomer import _front
+from tautomer import _asked, _front, _given, _written
 from tautomer.passes.norm.layer_norm_to_rms_norm import LayerNormToRmsNorm
 from tautomer.rewrite import program as program_module
 from tautomer.rewrite.claims import BITWISE, Claim
@@ -61,8 +61,9 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 def test_doctests() -> None:
     globs = {"nn": nn, "torch": torch, **{name: getattr(tautomer, name) for name in tautomer.__all__}}
-    found = doctest.testmod(_front, extraglobs=globs, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
-    assert found.attempted > 8 and found.failed == 0
+    flags = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+    found = [doctest.testmod(module, extraglobs=globs, optionflags=flags) for module in (_given, _asked, _front, _written)]
+    assert sum(f.attempted for f in found) > 8 and not any(f.failed for f in found)
     found = doctest.testmod(program_module, extraglobs=globs)
     assert found.attempted > 3 and found.failed == 0
 
@@ -343,7 +344,7 @@ def test_explain_names_the_reason() -> None:
 
 
 def test_the_default_recipe_admits_nothing_that_must_be_asked_for() -> None:
-    known = {rewrite.name: rewrite for rewrite in map(_front._pass, [row["name"] for row in tautomer.catalogue().passes])}
+    known = {rewrite.name: rewrite for rewrite in map(_given.pass_of, [row["name"] for row in tautomer.catalogue().passes])}
     asked_for = {name for name, rewrite in known.items() if rewrite.claim.opt_in}
     assert asked_for and not asked_for & set(tautomer.catalogue().recipes["inference"])
 

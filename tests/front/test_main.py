@@ -96,7 +96,7 @@ def test_package_rewrites_first_or_not(tautomer: Run, folder: Path, monkeypatch:
         seen.append((program.count(torch.ops.aten.rms_norm.default), dynamic, check))
         return PackageReport(path, "cpu", 7)
 
-    monkeypatch.setattr("tautomer._front.to_package", to_package)
+    monkeypatch.setattr("tautomer._written.to_package", to_package)
     code, out, _ = tautomer("package", "mine:make", "model.pt2")
     assert code == 0 and "an AOTInductor package for cpu" in out
     code, out, _ = tautomer("package", "mine:make", "model.pt2", "--no-rewrite", "--static", "--json")

@@ -1,0 +1,1 @@
+../../tautomer/_given.py

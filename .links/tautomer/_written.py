@@ -1,0 +1,1 @@
+../../tautomer/_written.py
