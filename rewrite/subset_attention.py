@@ -191,9 +191,8 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, leaf: int) -> tuple[T
     inside = (rows < n)[:, None] & torch.ones(leaf, leaf, dtype=torch.bool, device=q.device).tril()
     rows = rows.clamp(max=n - 1)
     q, k, v, bias = q[:, :, rows], k[:, :, rows], v[:, :, rows], bias[:, :, rows]
-    logits = torch.where(inside, q @ k.mT + bias[:, :, :, None], -1e30)
-    mass = logits.logsumexp(-1)
-    y = (logits - mass.unsqueeze(-1)).exp() @ v
+    weights, mass = _weights(torch.where(inside, q @ k.mT + bias[:, :, :, None], -1e30))
+    y = weights @ v
     return y.flatten(2, 3)[:, :, :n], mass.flatten(2, 3)[:, :, :n]
 
 
@@ -251,17 +250,27 @@ def _hashed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, planes: Tensor, draws
 
     start = starts.gather(2, seen_by).unsqueeze(-1)  # [batch, h, rows, 1]
     columns = (start + torch.arange(width, device=q.device)).flatten(2)
-    logits = q @ _rows(k, columns).unflatten(2, (rows, width)).mT + bias.gather(2, columns).unflatten(2, (rows, 1, width))
     drawn = draws % many.clamp(min=1)  # [batch, h, samples]
-    weight = bias.gather(2, drawn) + (many.to(q.dtype) / samples).log()
-    far = q @ _rows(k, drawn).unsqueeze(2).mT + weight[:, :, None, None]
+    stands_for = (bias.gather(2, drawn) + (many.to(q.dtype) / samples).log()).unsqueeze(2)
     inside = (drawn.unsqueeze(2) >= start) & (drawn.unsqueeze(2) < start + width)  # not to be counted twice
-    far = torch.where(inside.unsqueeze(3), -1e30, far)
-    mass = torch.logaddexp(logits.logsumexp(-1), far.logsumexp(-1))
-    y = (logits - mass.unsqueeze(-1)).exp() @ _rows(v, columns).unflatten(2, (rows, width)) + (
-        far - mass.unsqueeze(-1)
-    ).exp() @ _rows(v, drawn).unsqueeze(2)
-    return _rows(y.flatten(2, 3), slot), mass.flatten(2, 3).gather(2, slot)
+    bias = torch.cat((bias.gather(2, columns).unflatten(2, (rows, width)), torch.where(inside, -1e30, stands_for)), -1)
+    # The sample is one matrix for all rows: copied for none of them.
+    k, v, sample, worth = (_rows(x, index) for index in (columns, drawn) for x in (k, v))
+    near = q @ k.unflatten(2, (rows, width)).mT
+    far = (q.flatten(2, 3) @ sample.mT).unflatten(2, (rows, side))
+    weights, mass = _weights(torch.cat((near, far), -1).add_(bias.unsqueeze(3)))
+    y = (weights[..., :width] @ v.unflatten(2, (rows, width))).flatten(2, 3) + weights[..., width:].flatten(2, 3) @ worth
+    return _rows(y, slot), mass.flatten(2, 3).gather(2, slot)
+
+
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Their softmax, and the logarithm of what their exponentials sum to.
+
+    That is the largest logit less the logarithm of its weight, which is one in so many at least: as exact as ``logsumexp``, at
+    two passes over the weights fewer.
+    """
+    weights = logits.softmax(-1)
+    return weights, logits.amax(-1) - weights.amax(-1).log()
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
