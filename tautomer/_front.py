@@ -66,7 +66,8 @@ def capture(
         model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file; the last two bring their own inputs.
         args, kwargs: one example call.
         dynamic_shapes: "auto" (batch and length free where the model allows), "static", or a ``torch.export`` spec.
-        mode: "auto" (the mode the model is in), "eval", "train", or "both" (dropout and BatchNorm keep reading the flag).
+        mode: "auto" (the mode the model is in), "eval", "train", "both" (dropout and BatchNorm keep reading the flag), or
+            "widest" (both for a model in training mode or one that computes the same in both, else the mode it is in).
 
     Raises:
         CaptureError: the model cannot be exported; says where and what to try.
@@ -559,7 +560,7 @@ def saved_tensors(
 def _in_mode(module: Rewritten, mode: str) -> Program:
     """The program that a rewritten module runs, in a mode."""
     program = as_run(module.program)
-    wanted = module.training if mode in ("auto", "both") else mode == "train"
+    wanted = module.training if mode in ("auto", "both", "widest") else mode == "train"
     if program.mode != "both" and (program.mode == "train") != wanted:
         raise UsageError(
             f"{program.name} was captured in {program.mode} mode and computes that alone", hint=f'mode="{program.mode}"'
