@@ -39,6 +39,7 @@ class Derived:
 
 
 _UNKNOWN = object()
+_ALSO: dict[Any, tuple[Any, ...]] = {torch.ops.aten.view.default: (torch.ops.aten.reshape.default,)}
 
 
 class Metadata:
@@ -68,8 +69,9 @@ class Metadata:
         return result
 
     def learn(self, node: fx.Node) -> None:
-        """Remember what the capture knows about a call."""
-        self.memo[self._question(node.target, node.args, node.kwargs)] = node.meta.get("val")
+        """Remember what the capture knows about a call, and with a view about the reshape that it is."""
+        for target in (node.target, *_ALSO.get(node.target, ())):
+            self.memo[self._question(target, node.args, node.kwargs)] = node.meta.get("val")
 
     def _question(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """What the result depends on; that of a convolution looks the same with a bias and without."""
