@@ -29,10 +29,10 @@ from tautomer.rewrite.library import tautomer
 from tautomer.rewrite.program import target_name
 
 from .graph_data import decode, decode_graph
-from .python_code import ATOM, Code, Number, Piece, call, code, listed, literal, plain, tuple_of, within, wrapped
-from .python_function import LONGEST, MOST, attribute
-from .python_names import TAKEN, role
-from .python_ops import SEMANTIC_NAMES, express
+from .python.function import LONGEST, MOST, attribute
+from .python.names import TAKEN, role
+from .python.ops import SEMANTIC_NAMES, express
+from .python.pieces import ATOM, Code, Number, Piece, call, code, listed, literal, plain, tuple_of, within, wrapped
 from .rewritten import function_of
 from .signature_data import only_arithmetic
 

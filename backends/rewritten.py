@@ -78,7 +78,8 @@ class Rewritten(nn.Module):
         if self._mode != "both" and mode != (self._mode == "train"):
             raise UsageError(
                 f"{self._signature.owner} was captured in {self._mode} mode and computes that alone",
-                hint=f"call model.{'train' if mode else 'eval'}() before it is captured",
+                hint="optimize(tautomer.capture(model, args, kwargs, mode='both'), …) is for both, as are recipe='training', "
+                "'finetune' and 'compress'",
             )
         return super().train(mode)
 

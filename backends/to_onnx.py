@@ -22,7 +22,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from tautomer.rewrite._torch import known_translations, oblivious_sizes
+from tautomer.rewrite._torch import known_translations, oblivious_sizes, quick_export
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.library import tautomer
@@ -196,7 +196,8 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
     sizes = tuple(dict.fromkeys(axes if dynamic else (), torch.export.Dim.AUTO) for axes in free_axes(program))
     degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
     try:
-        with _quiet(), torch.no_grad(), known_translations(), oblivious_sizes() if degenerate else contextlib.nullcontext():
+        sizing = oblivious_sizes() if degenerate else contextlib.nullcontext()
+        with _quiet(), torch.no_grad(), known_translations(), quick_export(), sizing:
             exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
             onnx_program = torch.onnx.export(
                 _referred(exported),

@@ -21,14 +21,14 @@ from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.program import Program
 
 from .files import save_tensors, staged
-from .python_call import Called
-from .python_calls import SEQUENTIAL, Graph, nested
-from .python_check import Agreement, compare
-from .python_classes import Classes, Split, Weight, sequential
-from .python_function import Functions
-from .python_layers import layers
-from .python_names import size_names
-from .python_text import CONSTANTS, WEIGHTS, Text, file_text
+from .python.called import Called
+from .python.check import Agreement, compare
+from .python.classes import Classes, Split, Weight, sequential
+from .python.function import Functions
+from .python.names import size_names
+from .python.nesting import SEQUENTIAL, Graph, nested
+from .python.text import CONSTANTS, WEIGHTS, Text, file_text
+from .python.torch_layers import layers
 from .rewritten import Rewritten
 from .to_torch import as_run, to_torch
 

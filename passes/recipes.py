@@ -42,10 +42,11 @@ from .cleanup.fold_weights import FoldWeights
 from .cleanup.merge_equal_expressions import MergeEqualExpressions
 from .cleanup.merge_views import MergeViews
 from .cleanup.name_weights import NameWeights
-from .lowrank.factor_linears import Allocation, FactorLinears
+from .lowrank.factor_linears import FactorLinears
 from .lowrank.merge_consecutive_linears import MergeConsecutiveLinears
 from .lowrank.merge_lora import MergeLora
 from .lowrank.prices import Of
+from .lowrank.rank_plan import Allocation
 from .lowrank.structure_ffn import StructureFfn
 from .memory.approximate_activations import ApproximateActivations
 from .memory.checkpoint_blocks import CheckpointBlocks
@@ -386,12 +387,14 @@ class LongContext(Recipe):
 class Compress(Recipe):
     """Linear layers of low rank within a budget of parameters, FLOPs or time: another function, near to the model on ``data``.
 
-    The factors are parameters: the result trains, and a short training recovers most of what was lost.
+    The factors are parameters: the result trains, with the dropout of the model, and a short training recovers most of what was
+    lost.
 
     Attributes: as of ``FactorLinears``, which says what they mean.
     """
 
     name: ClassVar[str] = "compress"
+    mode: ClassVar[str] = "both"
     ratio: float = 0.6
     allocation: Allocation = "predicted"
     multiple: int | None = None

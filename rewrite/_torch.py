@@ -7,6 +7,7 @@ import copy
 import itertools
 import logging
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.fx.traceback as fx_traceback
+import torch.utils._traceback
 import torch.utils.checkpoint
 from torch import fx
 from torch._ops import HigherOrderOperator
@@ -43,6 +45,7 @@ __all__ = [
     "draws_numbers",
     "erased",
     "fake_mode_of",
+    "fakes_made_once",
     "guards_of",
     "in_checkpoint",
     "known_translations",
@@ -52,6 +55,7 @@ __all__ = [
     "plain_checkpoints",
     "plain_results",
     "pytree",
+    "quick_export",
     "quiet_fakes",
     "quiet_triton",
     "restarts",
@@ -62,6 +66,7 @@ __all__ = [
     "storage_key",
     "traced",
     "unlifted_module",
+    "unread_lines",
 ]
 
 set_grad_enabled_region: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -101,6 +106,47 @@ def no_new_guards(mode: FakeTensorMode | None) -> Iterator[None]:
 def oblivious_sizes() -> Iterator[None]:
     """Inside, export does not specialise sizes of 0 and 1."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
+
+
+@contextlib.contextmanager
+def quick_export() -> Iterator[None]:
+    """Inside, ``torch.export`` leaves out what it does only to throw it away; what it returns is the same."""
+    with fakes_made_once(), unread_lines():
+        yield
+
+
+@contextlib.contextmanager
+def fakes_made_once() -> Iterator[None]:
+    """Inside, a fake mode that remembers a result does not also make a second one out of what it remembers, only to compare
+    their dispatch keys: with symbolic sizes that takes as long as the op, and it is a quarter of an export.
+    """
+    describe = FakeTensorMode._get_output_info_for_cache_entry
+
+    def plainly(self: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        self._output_from_cache_entry = lambda *_: output
+        try:
+            return describe(self, state, key, func, args, kwargs, output)
+        finally:
+            del self._output_from_cache_entry
+
+    with patch.object(FakeTensorMode, "_get_output_info_for_cache_entry", plainly):
+        yield
+
+
+@contextlib.contextmanager
+def unread_lines() -> Iterator[None]:
+    """Inside, torch reads the source of a frame when it writes the frame down, and not of the hundred that it drops."""
+
+    def frames(stack: Any, skip: int) -> traceback.StackSummary:
+        summary = traceback.StackSummary()
+        summary.extend(
+            traceback.FrameSummary(frame["filename"], frame["line"], frame["name"], lookup_line=False)
+            for frame in reversed(stack[skip:])
+        )
+        return summary
+
+    with patch.object(torch.utils._traceback, "_extract_symbolized_tb", frames):
         yield
 
 
@@ -350,8 +396,10 @@ _translations: dict[Any, Any] = {}
 @contextlib.contextmanager
 def known_translations() -> Iterator[None]:
     """Inside, ``torch.onnx.export`` takes the translations of an opset as it made them for the last file: it reads the
-    signatures of all of them, which takes longer than a small model does.
+    signatures of all of them, which takes longer than a small model does. Nor does it walk the dispatcher again for each
+    namespace of operators.
     """
+    import torch._export.utils as export_utils
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     make = vars(ONNXRegistry)["from_torchlib"]
@@ -365,8 +413,17 @@ def known_translations() -> Iterator[None]:
         registry.functions = {op: list(known) for op, known in registry.functions.items()}
         return registry
 
+    walk, walked = export_utils._materialize_cpp_cia_ops, list[int]()
+
+    def once() -> None:
+        operators = len(torch._C._dispatch_get_all_op_names())
+        if walked[-1:] != [operators]:
+            walk()
+            walked.append(operators)
+
     ONNXRegistry.from_torchlib = classmethod(remembered)  # type: ignore[method-assign,assignment]
     try:
-        yield
+        with patch.object(export_utils, "_materialize_cpp_cia_ops", once):
+            yield
     finally:
         ONNXRegistry.from_torchlib = make  # type: ignore[method-assign]

@@ -7,9 +7,10 @@ at the sizes of the example and at other batch sizes and lengths.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ._torch import guards_of
 from .build import build
 from .canonical import canonicalize
 from .errors import CaptureError, DataDependent, Refused, UsageError
-from .example import Call, agrees, answer, call_of, differentiates, functions_of, resized, trials_of
+from .example import Call, agrees, answer, call_of, check_mode, differentiates, functions_of, resized, trials_of
 from .export import PREFIX, Sizes, automatic_sizes, export, given_sizes
 from .functional import functionalize
 from .functions import defined
@@ -30,7 +31,7 @@ from .record import record, undisturbed
 from .shapes import static
 from .signature import Signature
 
-_MODES = ("auto", "eval", "train", "both")
+_MODES = ("auto", "eval", "train", "both", "widest")
 
 
 def capture(
@@ -50,7 +51,8 @@ def capture(
         dynamic_shapes: "auto" keeps batch sizes and sequence lengths symbolic where the model allows it; None fixes
             the sizes of the example; anything else is passed to ``torch.export``.
         mode: "eval" or "train" for one mode, "both" for a program that reads the ``training`` flags of the modules,
-            "auto" for the mode the model is in.
+            "auto" for the mode the model is in, "widest" for both if the model is in training mode or computes the same in
+            both, and else for the mode it is in.
 
     Raises:
         UsageError: the model or the example cannot be right; the sentence says why.
@@ -67,7 +69,7 @@ def capture(
     call = call_of(model, args, {} if kwargs is None else kwargs, resolve=mode == "auto")
     try:
         with undisturbed(model):
-            return _capture(call, dynamic_shapes, mode)
+            return _widest(call, dynamic_shapes) if mode == "widest" else _capture(call, dynamic_shapes, mode)
     except CaptureError as error:
         parts = _exportable(call)
         if not parts:
@@ -104,36 +106,56 @@ def capture_parts(
 
 @dataclass(frozen=True)
 class _Plan:
-    """One way to try an export: which sizes are symbolic, on which leaves."""
+    """One way to try an export: which sizes are symbolic, on which leaves; and what it gave, by the mode of all modules."""
 
     leaves: Sequence[Any]
     sizes: Sequence[Sizes]
     oblivious: bool = False
+    exported: dict[bool | None, torch.export.ExportedProgram] = field(default_factory=dict, compare=False)
+
+    def export(self, call: Call) -> torch.export.ExportedProgram:
+        """Made once for a mode; the model is in it."""
+        modes = {module.training for module in call.model.modules()}
+        mode = modes.pop() if len(modes) == 1 else None
+        if mode is None or mode not in self.exported:
+            self.exported[mode] = export(call.model, self.leaves, call.in_spec, self.sizes, oblivious=self.oblivious)
+        return self.exported[mode]
 
 
-def _capture(call: Call, dynamic_shapes: Any, mode: str) -> Program:
+def _widest(call: Call, dynamic_shapes: Any) -> Program:
+    """The program in both modes, if that is wanted, or in the one that the model is in; what both have is exported once."""
+    plans = list(_plans(call, dynamic_shapes))
+    with contextlib.suppress(CaptureError):  # perhaps in one of the modes alone
+        program = _capture(call, dynamic_shapes, "both", plans)
+        if call.model.training or (program.mode == "both" and not program.training):
+            return program
+    check_mode(call.model)
+    return _capture(call, dynamic_shapes, "auto", plans)
+
+
+def _capture(call: Call, dynamic_shapes: Any, mode: str, plans: Sequence[_Plan] | None = None) -> Program:
     """The program in a mode; the caller puts the model back."""
     if mode != "both":
         if mode != "auto" and call.model.training != (mode == "train"):
             call.model.train(mode == "train")
             # The output may have another structure in this mode, as with auxiliary heads.
             call = dataclasses.replace(call, recording=record(call.model, call.args, call.kwargs))
-        program = _best(call, dynamic_shapes, both=False)
+        program = _best(call, dynamic_shapes, plans, both=False)
         program.mode = "train" if call.model.training else "eval"
         return program
     try:
-        return _best(call, dynamic_shapes, both=True)
+        return _best(call, dynamic_shapes, plans, both=True)
     except Refused as refusal:
-        program = _capture(call, dynamic_shapes, "auto")
+        program = _capture(call, dynamic_shapes, "auto", plans)
         program.notes.insert(0, f"captured for {program.mode} mode only: {refusal}")
         return program
 
 
-def _best(call: Call, dynamic_shapes: Any, *, both: bool) -> Program:
+def _best(call: Call, dynamic_shapes: Any, plans: Sequence[_Plan] | None, *, both: bool) -> Program:
     """The first capture that computes what the model computes at every trial, or the one that does at most of them."""
     trials = [trials_of(call, training) for training in ((True, False) if both else (None,))]
     best, most, failure = None, (-1, 0), None
-    for plan in _plans(call, dynamic_shapes):
+    for plan in plans or _plans(call, dynamic_shapes):
         try:
             program = _attempt(call, plan, both)
         except CaptureError as error:
@@ -227,7 +249,7 @@ def _attempt(call: Call, plan: _Plan, both: bool) -> Program:
 def _raw(call: Call, plan: _Plan, training: bool | None) -> Program:
     """The program as exported, with every module in the given mode (None: each in the mode it is in)."""
     with call.in_mode(training):
-        exported = export(call.model, plan.leaves, call.in_spec, plan.sizes, oblivious=plan.oblivious)
+        exported = plan.export(call)
         recording = call.recording
         signature = Signature.of(call.model.forward, type(call.model).__name__, call.args, call.kwargs, recording.out_spec)
         program = build(exported, call.model, PREFIX, signature, call.leaves, recording.inference)

@@ -140,7 +140,17 @@ def _check_model(model: Any, resolve: bool) -> None:
     if hasattr(model, "_orig_mod"):
         raise UsageError("the model is compiled already", hint="the module that was given to torch.compile")
     _check_weights(model)
-    if resolve and model.training:
+    if resolve:
+        check_mode(model)
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model whose mode the user cannot have meant.
+
+    Raises:
+        UsageError: it is in training mode and has batch normalisation, whose statistics move with every call.
+    """
+    if model.training:
         for path, module in model.named_modules():
             if isinstance(module, _BATCH_NORMS) and module.training and module.track_running_stats:
                 raise UsageError(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch import FakeTensorMode, any_batch, quiet_fakes
+from ._torch import FakeTensorMode, any_batch, fakes_made_once, quiet_fakes
 from .errors import Refused
 from .library import FAKES
 from .ops import CONVOLUTIONS, fill
@@ -39,6 +39,7 @@ class Derived:
 
 
 _UNKNOWN = object()
+_ALSO: dict[Any, tuple[Any, ...]] = {torch.ops.aten.view.default: (torch.ops.aten.reshape.default,)}
 
 
 class Metadata:
@@ -68,8 +69,9 @@ class Metadata:
         return result
 
     def learn(self, node: fx.Node) -> None:
-        """Remember what the capture knows about a call."""
-        self.memo[self._question(node.target, node.args, node.kwargs)] = node.meta.get("val")
+        """Remember what the capture knows about a call, and with a view about the reshape that it is."""
+        for target in (node.target, *_ALSO.get(node.target, ())):
+            self.memo[self._question(target, node.args, node.kwargs)] = node.meta.get("val")
 
     def _question(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """What the result depends on; that of a convolution looks the same with a bias and without."""
@@ -95,7 +97,7 @@ class Metadata:
         return (x.__class__, x)  # 1, 1.0 and True are three questions
 
     def _run(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.mode or contextlib.nullcontext(), torch.no_grad(), any_batch(), quiet_fakes():
+        with self.mode or contextlib.nullcontext(), torch.no_grad(), any_batch(), fakes_made_once(), quiet_fakes():
             try:
                 return FAKES.get(str(target), target)(*args, **kwargs)
             except Exception as error:

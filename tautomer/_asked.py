@@ -83,7 +83,7 @@ def saved_tensors(
 def _in_mode(module: Rewritten, mode: str) -> Program:
     """The program that a rewritten module runs, in a mode."""
     program = as_run(module.program)
-    wanted = module.training if mode in ("auto", "both") else mode == "train"
+    wanted = module.training if mode in ("auto", "both", "widest") else mode == "train"
     if program.mode != "both" and (program.mode == "train") != wanted:
         raise UsageError(
             f"{program.name} was captured in {program.mode} mode and computes that alone", hint=f'mode="{program.mode}"'

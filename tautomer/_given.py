@@ -45,7 +45,8 @@ def capture(
         model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file; the last two bring their own inputs.
         args, kwargs: one example call.
         dynamic_shapes: "auto" (batch and length free where the model allows), "static", or a ``torch.export`` spec.
-        mode: "auto" (the mode the model is in), "eval", "train", or "both" (dropout and BatchNorm keep reading the flag).
+        mode: "auto" (the mode the model is in), "eval", "train", "both" (dropout and BatchNorm keep reading the flag), or
+            "widest" (both for a model in training mode or one that computes the same in both, else the mode it is in).
 
     Raises:
         CaptureError: the model cannot be exported; says where and what to try.

@@ -149,7 +149,9 @@ def optimize_(
     context = Context(only=entries_of("only", only), skip=entries_of("skip", skip), data=data_of(data, tell), target=where)
     start = perf_counter()
     tell("capturing")
-    again = functools.partial(_capture, model, args, kwargs, dynamic_shapes, recipe.mode if mode == "auto" else mode)
+    asked = recipe.mode if mode == "auto" else mode
+    asked = "widest" if asked == "auto" else asked
+    again = functools.partial(capture, model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=asked)
     original = again()
     for entry in (*context.only, *context.skip):
         check_entry(entry, original)
@@ -292,16 +294,6 @@ def _raised(
 def _named(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The edit is written under the old names, so the passes that give them always run, last."""
     return (*(rewrite for rewrite in passes if not isinstance(rewrite, LAST)), *(kind() for kind in LAST))
-
-
-def _capture(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: Any, mode: str) -> Program:
-    if mode != "auto":
-        return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode=mode)
-    with contextlib.suppress(CaptureError):  # perhaps in one of the modes alone
-        program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, mode="both")
-        if model.training or (program.mode == "both" and not program.training):
-            return program
-    return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 
 def _compare(model: nn.Module, reference: Program, call: Any, claim: Claim) -> Program:

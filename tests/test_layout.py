@@ -45,17 +45,19 @@ def test_arrows(path: Path) -> None:
         assert name.split(".")[0] != "rewrite", f"{path.name} imports a top-level 'rewrite'"
 
 
-def reading_order() -> list[str]:
-    text = ast.get_docstring(ast.parse((ROOT / "rewrite/__init__.py").read_text())) or ""
+def reading_order(folder: Path) -> list[str]:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     return re.findall(r"^    (\w+)\.py", text, re.MULTILINE)
 
 
-def test_rewrite_has_one_reading_order() -> None:
-    order = reading_order()
-    files = {path.stem for path in (ROOT / "rewrite").glob("*.py")} - {"__init__"}
+@pytest.mark.parametrize("part", ["rewrite", "backends/python"])
+def test_a_part_has_one_reading_order(part: str) -> None:
+    folder = ROOT / part
+    order = reading_order(folder)
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert set(order) == files, f"not in the reading order: {files ^ set(order)}"
     for name in order:
-        for level, module in imports(ROOT / "rewrite" / f"{name}.py"):
+        for level, module in imports(folder / f"{name}.py"):
             if level == 1:
                 assert order.index(module.split(".")[0]) < order.index(name), f"{name}.py imports {module}.py, which comes later"
 

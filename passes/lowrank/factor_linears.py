@@ -27,71 +27,36 @@ arXiv:2403.07378 (SVD-LLM: the whitened factors), arXiv:2410.14649 (EvoPress: th
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
-from tautomer.rewrite.allocation import Choice, Option, allocate, between, evolve, require_feasible, spent, threshold
-from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.claims import APPROXIMATE
-from tautomer.rewrite.divergence import Divergence, sensitivities
+from tautomer.rewrite.divergence import sensitivities
 from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
-from tautomer.rewrite.errors import Refused, UsageError, require
+from tautomer.rewrite.errors import Refused, UsageError
 from tautomer.rewrite.factors import Factors, Moments, break_even, cost, factor
 from tautomer.rewrite.latency import Latency
-from tautomer.rewrite.layers import Layer, layer_of
+from tautomer.rewrite.layers import layer_of
 from tautomer.rewrite.moments import moments
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program, target_name
-from tautomer.rewrite.refit import Fit, Pairs, error_of, fitted, pairs
+from tautomer.rewrite.program import Program
+from tautomer.rewrite.refit import Fit
 
+from .matrices import Matrix, matrix_of
 from .prices import Of, Prices, Sizes, microseconds
+from .rank_plan import Allocation, Choosing, RankPlan
 
-Allocation = Literal["predicted", "measured", "uniform", "threshold"]
 Error = Literal["outputs", "layer"]
 GRID = 64
 """A layer has about as many sizes to choose from, besides dense."""
 MULTIPLE = 8
 """Ranks are multiples of it."""
-PROBES = (0.3, 0.7)
-"""The sizes at which the loss of a layer is measured."""
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A layer y = W x + b that may be factored.
-
-    Attributes:
-        layer: the call; ``layer.weight`` may be the transpose of the weight of the table.
-        name: of the weight in the table.
-        bias: the name of its bias in the table; None if it has none.
-        m, n: outputs and inputs.
-    """
-
-    layer: Layer
-    name: str
-    bias: str | None
-    m: int
-    n: int
-
-    @property
-    def x(self) -> fx.Node:
-        x: fx.Node = self.layer.bound[self.layer.kind.x]
-        return x
-
-    def value(self, program: Program) -> Tensor:
-        """W as [m, n], in float64."""
-        return self.turned(program.weights.value(self.name, torch.float64)).reshape(self.m, self.n)
-
-    def turned(self, W: Tensor) -> Tensor:
-        """W of the layer from that of the table, or the other way round."""
-        return W if self.layer.weight.op == "get_attr" else W.T
 
 
 class FactorLinears(Pass):
@@ -158,7 +123,8 @@ class FactorLinears(Pass):
             seen = moments(program, context.data, {c.x: c.layer.axis for c in found}, self.tokens)
         weighed = self._weighed(found, program, context)
         factors = self._factors(found, program, seen, weighed)
-        plan = _Plan(self, program, found, sizes, prices, factors, [seen[c.x].mean if c.x in seen else None for c in found])
+        how = Choosing(self.ratio, self.allocation, self.generations, self.calls, self.tokens, self.seed)
+        plan = RankPlan(how, program, found, sizes, prices, factors, [seen[c.x].mean if c.x in seen else None for c in found])
         ranks = plan.ranks(context)
         if self.sequential and context.data is not None:
             plan.fit(ranks, weighed, context.data)
@@ -175,7 +141,7 @@ class FactorLinears(Pass):
             if layer is None or not context.admits(self, node):
                 continue
             try:
-                found = candidate(layer, editor)
+                found = matrix_of(layer, editor)
                 yield found, prices.sizes(layer, self._ranks(found, context))
             except Refused as refusal:
                 context.refused(self, node, str(refusal))
@@ -207,7 +173,7 @@ class FactorLinears(Pass):
             for c in found
         ]
 
-    def _apply(self, c: Matrix, rank: int | None, plan: _Plan, index: int, editor: Editor, context: Context) -> None:
+    def _apply(self, c: Matrix, rank: int | None, plan: RankPlan, index: int, editor: Editor, context: Context) -> None:
         node = c.layer.node
         if rank is None:
             dense = (
@@ -225,37 +191,10 @@ class FactorLinears(Pass):
             context.refused(self, node, str(refusal))
 
 
-def candidate(layer: Layer, editor: Editor) -> Matrix:
-    """The layer, if it may be factored.
-
-    Raises:
-        Refused: it may not.
-    """
-    program, W, b = editor.program, layer.weight, layer.bias
-    require(not program.weights.live, "its weight is edited at every call: factor the model first, and train the factors")
-    if layer.kind.dims:
-        pointwise = not layer.transposed and layer.groups == 1 and all(size == 1 for size in W.meta["val"].shape[2:])
-        plain = pointwise and not any(map(any, layer.padding)) and _all_one(layer.bound["stride"])
-        require(plain, "a convolution is a linear layer only with kernel and stride 1, without groups and padding")
-    stored = W.args[0] if W.target is aten.t.default else W
-    is_weight = isinstance(stored, fx.Node) and stored.op == "get_attr" and editor.constant(stored)
-    require(is_weight, "the weight is computed at run time, or from others: fold-weights first")
-    assert isinstance(stored, fx.Node)
-    name = str(stored.target)
-    names = {str(n.target) for n in program.graph.find_nodes(op="get_attr") if str(n.target) in program.weights.aliases(name)}
-    readers = {r for n in program.graph.find_nodes(op="get_attr") if str(n.target) in names for r in n.users}
-    readers = {user for r in readers for user in (r.users if r.target is aten.t.default else [r])}
-    other = next((reader for reader in readers if reader is not layer.node), None)
-    if other is not None:
-        raise Refused(f"'{name}' is also read by {target_name(other)} '{other.name}', which needs it whole")
-    bias = str(b.target) if isinstance(b, fx.Node) and b.op == "get_attr" and editor.constant(b) else None
-    return Matrix(layer, name, bias, layer.outputs, layer.inputs)
-
-
 def low_rank(op: GraphOps, c: Matrix, factors: Factors, rank: int, mean: Tensor | None) -> fx.Node:
     """linear(linear(x, Q^T W), P, b + (W - P Q^T W) mu)"""
     W, b, layer = c.layer.weight, c.layer.bias, c.layer
-    where = _beside(c)
+    where = c.beside
     kept = torch.promote_types(W.meta["val"].dtype, torch.float32)
     left, right = (axes[:, :rank].to(kept).contiguous() for axes in (factors.left, factors.right))
     P, Q = op.instead("left", left, W), op.measured(f"{where}right", right, W)
@@ -273,149 +212,19 @@ def behind(op: GraphOps, c: Matrix, fit: Fit) -> fx.Node:
     kept = torch.promote_types(W.meta["val"].dtype, torch.float32)
     V, U = (op.instead(name, x.to(kept).contiguous(), W) for name, x in (("right", fit.V), ("left", fit.U)))
     if fit.shift is not None:
-        b = op.node(op.add(b, op.measured(f"{_beside(c)}shift", fit.shift.to(kept), W)), "bias", beside=W)
+        b = op.node(op.add(b, op.measured(f"{c.beside}shift", fit.shift.to(kept), W)), "bias", beside=W)
     return _two_layers(op, c, V, U, b)
 
 
 def _two_layers(op: GraphOps, c: Matrix, V: Any, U: Any, b: Any) -> fx.Node:
     layer, for_kernel = c.layer, [1] * c.layer.kind.dims
     down, up = (op.reshape(M, [*M.fake.shape, *for_kernel]) if for_kernel else M for M in (V, U))
-    first = layer.on(op, c.x, op.node(down, name=f"{_beside(c)}V"), None)
-    return layer.on(op, first, op.node(up, name=f"{_beside(c)}U"), b)
-
-
-def _beside(c: Matrix) -> str:
-    """What a name begins with that stands beside the weight."""
-    return "".join(c.name.rpartition(".")[:2])
-
-
-class _Plan:
-    """Which rank each layer takes: what was measured, and what it was measured with."""
-
-    def __init__(self, rewrite: FactorLinears, program: Program, layers: Sequence[Matrix], sizes: Sequence[Sizes],
-                 prices: Prices, factors: Sequence[Factors], means: Sequence[Tensor | None]) -> None:  # fmt: skip
-        self.rewrite, self.program, self.layers, self.factors, self.means = rewrite, program, layers, factors, means
-        self.sizes, self.prices = sizes, prices
-        self.total = sum(s.costs[-1] for s in sizes)
-        self.budget = int(rewrite.ratio * self.total)
-        self.options = [s.ranks for s in sizes]
-        self.losses: list[list[float]] = []
-        self.divergence: Divergence | None = None
-        self.fits: dict[int, Fit] = {}
-
-    def fit(self, ranks: Sequence[int | None], weighed: Mapping[fx.Node, Tensor], data: Data) -> None:
-        """Fit each layer at its rank behind those before it."""
-        inputs: dict[fx.Node, list[int]] = {}
-        for index, rank in enumerate(ranks):
-            if rank is not None:
-                inputs.setdefault(self.layers[index].x, []).append(index)
-        edits: dict[str, Tensor] = {}
-        for number, (x, indices) in enumerate(inputs.items(), 1):
-            data.tell(f"fitting what reads input {number} of {len(inputs)}")
-            seen = pairs(self.program, data, edits, x, self.layers[indices[0]].layer.axis, self.rewrite.tokens)
-            for index in indices:
-                c, rank = self.layers[index], ranks[index]
-                assert rank is not None
-                bias = None if c.bias is None else self.program.weights.value(c.bias, torch.float64)
-                self.fits[index] = fitted(c.value(self.program), bias, seen, rank, weighed.get(c.layer.node))
-            edits |= self.edits({index: ranks[index] for index in indices})
-
-    def ranks(self, context: Context) -> list[int | None]:
-        costs = [s.costs for s in self.sizes]
-        require_feasible([[Option(size, 0.0) for size in row] for row in costs], self.budget, self.prices.told)
-        if context.data is None:
-            return self._of(self._uniform())
-        calls = list(islice(context.data.each(self.program), self.rewrite.calls))
-        self.divergence = Divergence(self.program, calls, self.rewrite.tokens)
-        if self.rewrite.allocation == "uniform":
-            return self._of(self._uniform())
-        self.losses = [self._curve(index, context) for index in range(len(self.layers))]
-        curves = [[Option(*o) for o in zip(sizes, row, strict=True)] for sizes, row in zip(costs, self.losses, strict=True)]
-        start = (threshold if self.rewrite.allocation == "threshold" else allocate)(curves, self.budget)
-        if self.rewrite.generations:
-            start = self._best_start(start, curves)
-            start = evolve(curves, self.budget, start, self._fitness, self.rewrite.generations, seed=self.rewrite.seed)
-        return self._of(start)
-
-    def _best_start(self, start: Choice, curves: Sequence[Sequence[Option]]) -> Choice:
-        """The allocation, or what is uniform if that measures better."""
-        uniform = self._uniform()
-        fits = spent(curves, uniform) <= self.budget
-        return min([start, uniform] if fits else [start], key=lambda choice: self._fitness(choice, 1))
-
-    def _uniform(self) -> Choice:
-        """In every layer the largest rank whose cost is within the ratio; the smallest, if that is dearer."""
-        wanted = self.rewrite.ratio
-        fitting = [[i for i, size in enumerate(s.costs[:-1]) if size <= wanted * s.costs[-1]] for s in self.sizes]
-        return tuple(max(row, default=0) for row in fitting)
-
-    def _of(self, choice: Choice) -> list[int | None]:
-        return [row[index] for row, index in zip(self.options, choice, strict=True)]
-
-    def _curve(self, index: int, context: Context) -> list[float]:
-        """The loss of one layer by option: predicted, or measured at the probes and between them in proportion to that."""
-        assert self.divergence is not None and context.data is not None
-        c, f, row = self.layers[index], self.factors[index], self.options[index]
-        if self.rewrite.allocation in ("predicted", "threshold"):
-            return [0.0 if rank is None else 0.5 * float(f.tail[rank]) for rank in row]
-        context.data.tell(f"measuring layer {index + 1} of {len(self.layers)}")
-        ranks = [rank for rank in row if rank is not None]
-        wanted = [ratio * c.m * c.n / (c.m + c.n) for ratio in PROBES]
-        probes = sorted({min(ranks, key=lambda rank, w=w: abs(rank - w)) for w in wanted}) if ranks else []  # type: ignore[misc]
-        scale = {rank: max(0.0, self.divergence(self.edits({index: rank}))) / max(float(f.tail[rank]), 1e-300) for rank in probes}
-        return [0.0 if rank is None else between(rank, scale) * float(f.tail[rank]) for rank in row]
-
-    def _fitness(self, choice: Choice, stage: int) -> float:
-        assert self.divergence is not None
-        calls = len(self.divergence.calls)
-        chosen = dict(enumerate(self._of(choice)))
-        return self.divergence(self.edits(chosen), range(calls if stage else max(1, calls // 4)))
-
-    def errors(self, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments]) -> dict[int, tuple[float, float]]:
-        """|y' - y| / |y| of what factored layers give, predicted and measured in the factored model, by layer."""
-        if self.divergence is None:
-            return {}
-        chosen = {index: rank for index, rank in enumerate(ranks) if rank is not None}
-        nodes = {self.layers[index].layer.node: self.layers[index].layer.axis for index in chosen}
-        measured = self.divergence.at(nodes, self.edits(chosen))
-        return {
-            index: (self._predicted(index, rank, seen[self.layers[index].x]), measured[self.layers[index].layer.node])
-            for index, rank in chosen.items()
-        }
-
-    def _predicted(self, index: int, rank: int, seen: Moments) -> float:
-        """Of the layer alone, or behind the fitted ones before it."""
-        c, fit = self.layers[index], self.fits.get(index)
-        if fit is not None:
-            return fit.error
-        W = c.value(self.program)
-        product = self.factors[index].product(W, rank)
-        bias = None if c.bias is None else self.program.weights.value(c.bias, torch.float64)
-        shift = None if bias is None else (W - product) @ seen.mean
-        return error_of(W, bias, Pairs(seen.second, seen, seen), product, shift)
-
-    def edits(self, ranks: Mapping[int, int | None]) -> dict[str, Tensor]:
-        """The weights of the table with some layers of a lower rank."""
-        weights: dict[str, Tensor] = {}
-        for index, rank in ranks.items():
-            c, mean = self.layers[index], self.means[index]
-            if rank is None:
-                continue
-            old = self.program.weights.value(c.name)
-            W = c.turned(old.detach()).reshape(c.m, c.n)
-            wide = W.to(torch.promote_types(W.dtype, torch.float32))
-            fit = self.fits.get(index)
-            product = self.factors[index].product(wide, rank) if fit is None else (fit.U @ fit.V).to(wide)
-            weights[c.name] = c.turned(product.reshape(c.turned(old).shape)).to(old.dtype)
-            if c.bias is not None and mean is not None:
-                b = self.program.weights.value(c.bias).detach()
-                shift = (wide - product) @ mean.to(wide) if fit is None or fit.shift is None else fit.shift.to(wide)
-                weights[c.bias] = (b + shift).to(b.dtype)
-        return weights
+    first = layer.on(op, c.x, op.node(down, name=f"{c.beside}V"), None)
+    return layer.on(op, first, op.node(up, name=f"{c.beside}U"), b)
 
 
 def _tell(
-    rewrite: FactorLinears, plan: _Plan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments],
+    rewrite: FactorLinears, plan: RankPlan, ranks: Sequence[int | None], seen: Mapping[fx.Node, Moments],
     errors: Mapping[int, tuple[float, float]], context: Context,
 ) -> None:  # fmt: skip
     """One line per layer, one per shape that was timed, and one of the whole."""
@@ -446,7 +255,3 @@ def _tell(
     if not seen:
         whole += "; without data this is the plain SVD of the weights: pass data=[…]"
     context.noted(rewrite, plan.program.output, whole)
-
-
-def _all_one(stride: Any) -> bool:
-    return all(n == 1 for n in (stride if isinstance(stride, Sequence) else [stride]))

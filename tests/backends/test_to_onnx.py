@@ -145,7 +145,7 @@ def test_a_size_that_the_capture_fixed_is_fixed_in_the_file(tmp_path):
 
 
 def rwkv() -> tuple[nn.Module, tuple[torch.Tensor]]:
-    options = {"hidden_size": 8, "num_hidden_layers": 2, "attention_hidden_size": 8, "intermediate_size": 8}
+    options = {"hidden_size": 8, "num_hidden_layers": 1, "attention_hidden_size": 8, "intermediate_size": 8}
     config = RwkvConfig(vocab_size=20, context_length=16, use_cache=False, **options)
     return RwkvModel(config).eval(), (torch.randint(1, 20, (2, 4)),)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tautomer
-from tautomer.backends import python_check, to_python
+from tautomer.backends import to_python
+from tautomer.backends.python import check
 from tautomer.backends.rewritten import Rewritten
 from tautomer.backends.to_torch import to_torch
 from tautomer.rewrite._torch import pytree
@@ -547,8 +548,8 @@ def test_gradients_buffers_and_keys_are_compared() -> None:
     program = capture(nn.Linear(8, 8), (x8(3),))
     x = torch.ones(3)
     same = {"outputs": [x], "buffers": {"b": x}, "gradients": {"w": x}, "inputs": [None]}
-    assert python_check._differences(program, same, same) == 0.0
-    assert python_check._differences(program, same, {**same, "gradients": {"w": x * (1 + 1e-6)}}) == pytest.approx(1e-6, rel=0.1)
+    assert check._differences(program, same, same) == 0.0
+    assert check._differences(program, same, {**same, "gradients": {"w": x * (1 + 1e-6)}}) == pytest.approx(1e-6, rel=0.1)
     for wrong, said in (
         ({"outputs": [x * (1 + 1e-7)]}, "other bits"),
         ({"buffers": {"b": x + 1}}, "buffer 'b'"),
@@ -557,7 +558,7 @@ def test_gradients_buffers_and_keys_are_compared() -> None:
         ({"gradients": {}}, "other parameters"),
     ):
         with pytest.raises(ExportError, match=said):
-            python_check._differences(program, same, {**same, **wrong})
+            check._differences(program, same, {**same, **wrong})
 
 
 # -- found in use ----------------------------------------------------------------------------------------------
@@ -580,7 +581,7 @@ def test_a_long_list_of_different_blocks_is_wrapped_as_a_comprehension(tmp_path:
 
 
 def test_conditions_that_always_hold_are_left_out(tmp_path: Path) -> None:
-    from tautomer.backends.python_call import _needed
+    from tautomer.backends.python.called import _needed
 
     a, b = "leaves[0].size()[0]", "leaves[1].size()[0]"
     said = (f"((320*{a}) % (32*{b})) == 0", f"min(8 + 8*{a}, 16 + 16*{a}) == (8 + 8*{a})", f"{a} == {b}", f"{a} <= 40")

@@ -39,7 +39,7 @@ def gpt2() -> nn.Module:
 def llama() -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=31, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=32, bos_token_id=0, eos_token_id=None, use_cache=False,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=None, use_cache=False, attention_dropout=0.2,
     )  # fmt: skip
     return randomize(transformers.LlamaForCausalLM(config)).eval()
 
@@ -98,6 +98,7 @@ def test_it_saves_loads_and_trains(tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model)) and again.state_dict().keys() == model.state_dict().keys()
 
     twin, losses = copy.deepcopy(again).train(), list[float]()
+    assert not torch.equal(logits(twin), logits(twin))  # it was compressed in eval mode, and its dropout is there
     optimizer = torch.optim.AdamW(twin.parameters(), 1e-2)
     for _ in range(4):
         loss = twin(**DATA[0], labels=DATA[0]["input_ids"]).loss

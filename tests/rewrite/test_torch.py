@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import logging
 
 import pytest
@@ -73,6 +74,54 @@ def test_no_new_guards(exported):
         bool(size == 4)
     with _torch.no_new_guards(None):
         pass
+
+
+def test_quick_export_gives_what_an_export_gives(monkeypatch):
+    """The same calls with the same metadata and the same source lines, from fewer fake tensors and fewer lines read."""
+    made, read = list[str](), list[str]()
+    make, getline = _torch.FakeTensorMode._get_output_tensor_from_cache_entry, linecache.getline
+
+    def counted(self, *args):
+        made.append("")
+        return make(self, *args)
+
+    monkeypatch.setattr(_torch.FakeTensorMode, "_get_output_tensor_from_cache_entry", counted)
+    monkeypatch.setattr(linecache, "getline", lambda *args: read.append("") or getline(*args))
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3), nn.Flatten(0))
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+
+    def graph():
+        made.clear(), read.clear()
+        exported = torch.export.export(model, (torch.ones(4, 5, 3),), strict=False, dynamic_shapes=sizes)
+        told = [
+            (str(n), str(n.meta.get("val")), [str(s) for s in getattr(n.meta.get("val"), "stride", tuple)()], n.stack_trace)
+            for n in exported.graph.nodes
+        ]
+        return told, len(made), len(read)
+
+    graph()  # what has no free size is remembered by all modes
+    plain = graph()
+    with _torch.quick_export():
+        quick = graph()
+    assert plain[0] == quick[0] and any(line[-1] for line in plain[0])
+    assert quick[1] < plain[1] / 2 and quick[2] < plain[2] / 2
+    assert graph()[1:] == plain[1:]  # and torch is as it was
+
+
+def test_the_dispatcher_is_walked_once_for_a_file(monkeypatch):
+    from torch._export import utils
+
+    walks, walk = list[str](), utils._materialize_cpp_cia_ops
+    monkeypatch.setattr(utils, "_materialize_cpp_cia_ops", lambda: walks.append("") or walk())
+    plain = utils._collect_all_valid_cia_ops()
+    many = len(walks)
+    with _torch.known_translations():
+        assert utils._collect_all_valid_cia_ops() == plain == utils._collect_all_valid_cia_ops()
+        assert len(walks) == many + 1 < many * 2
+        with torch.library._scoped_library("tautomer_test", "DEF") as library:
+            library.define("fresh_too(Tensor x) -> Tensor")
+            utils._collect_all_valid_cia_ops()
+        assert len(walks) == many + 2
 
 
 def test_any_batch():

@@ -194,37 +194,6 @@ def test_a_layer_that_reads_a_factored_one() -> None:
     assert difference(model, fast, data) < 0.5
 
 
-def test_weights_that_something_else_reads_are_refused() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.twice, self.head = nn.Embedding(50, D), nn.Linear(D, D), nn.Linear(D, 50, bias=False)
-            self.head.weight = self.table.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.twice(self.twice(self.table(ids)).tanh()))
-
-    ids = torch.randint(50, (3, 7))
-    fast = optimize(Tied().eval(), [ids], FactorLinears(0.5), ids)
-    reasons = " ".join(r.reason for r in fast.report.refusals)
-    assert not fast.report.fired(NAME)
-    assert "'head.weight' is also read by aten.embedding" in reasons or "'table.weight' is also read by aten.embedding" in reasons
-    assert "'twice.weight' is also read by aten.linear" in reasons
-
-
-def test_computed_weights_are_refused() -> None:
-    class Computed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.W = nn.Parameter(torch.randn(D, D))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.W * x.mean())
-
-    fast = optimize(Computed().eval(), inputs(), FactorLinears(0.5, generations=2))
-    assert [r.reason for r in fast.report.refusals] == ["the weight is computed at run time, or from others: fold-weights first"]
-
-
 def test_with_live_edits_it_refuses() -> None:
     fast = tautomer.optimize(Net(), (inputs()[0],), recipe="training", passes=[FactorLinears(0.5)], data=inputs())
     assert not fast.report.fired(NAME) and "factor the model first" in fast.report.refusals[0].reason
@@ -240,11 +209,6 @@ def test_wrong_arguments(options: dict[str, Any]) -> None:
     if "multiple" in options:
         with pytest.raises(UsageError):
             tautomer.Compress(**options)
-
-
-def test_a_budget_below_the_floor() -> None:
-    with pytest.raises(UsageError, match="the smallest factors have"):
-        optimize(Net().eval(), inputs(), FactorLinears(0.01))
 
 
 def test_values_that_are_not_finite() -> None:

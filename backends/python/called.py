@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import key, static
 
-from .python_code import WIDTH
-from .spec_data import Plain, plain
+from ..spec_data import Plain, plain
+from .pieces import WIDTH
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tautomer.rewrite.library import SEMANTIC
 from tautomer.rewrite.program import arguments, place, target_name
 from tautomer.rewrite.shapes import key, static
 
-from .python_code import (
+from .pieces import (
     AND,
     ATOM,
     COMPARE,

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from tautomer.rewrite.program import arguments
 from tautomer.rewrite.shapes import key, static
 
-from .python_code import Code
-from .python_function import Function, Functions, Loop, Statement
+from .function import Function, Functions, Loop, Statement
+from .pieces import Code
 
 TAKEN = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "Tensor", "math", "Path"}
 

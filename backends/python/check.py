@@ -23,8 +23,8 @@ from tautomer.rewrite.evidence import ROUNDING, relative_error
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.samples import samples
 
-from .python_call import Called
-from .rewritten import Rewritten
+from ..rewritten import Rewritten
+from .called import Called
 
 _SCRIPT = """
 import sys

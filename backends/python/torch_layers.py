@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.program import Program, arguments, path_of, target_name
 
-from .python_code import Code, Number, Option, call, literal, plain
-from .python_ops import collapsed
+from .ops import collapsed
+from .pieces import Code, Number, Option, call, literal, plain
 
 aten = torch.ops.aten
 

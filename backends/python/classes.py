@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from .python_calls import SEQUENTIAL, Call
-from .python_code import Code, Instance, Number, Option, Part, Var, call, code, number, plain, tuple_of
-from .python_function import Function, Functions, Loop, Statement, attribute
-from .python_layers import Layer, activation
-from .python_names import TAKEN
+from .function import Function, Functions, Loop, Statement, attribute
+from .names import TAKEN
+from .nesting import SEQUENTIAL, Call
+from .pieces import Code, Instance, Number, Option, Part, Var, call, code, number, plain, tuple_of
+from .torch_layers import Layer, activation
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import fx
 from tautomer.rewrite.interpret import roots, writes
 from tautomer.rewrite.program import Program, arguments
 
-from .python_layers import Layer
+from .torch_layers import Layer
 
 SEQUENTIAL = "torch.nn.modules.container.Sequential"
 

@@ -21,10 +21,10 @@ from tautomer.rewrite.errors import ExportError
 from tautomer.rewrite.program import arguments
 from tautomer.rewrite.shapes import key, static
 
-from .python_calls import Call, Graph
-from .python_code import ATOM, Code, Part, Var, code, literal, plain, tuple_of, var, within
-from .python_layers import tied
-from .python_ops import SEMANTIC_NAMES, express
+from .nesting import Call, Graph
+from .ops import SEMANTIC_NAMES, express
+from .pieces import ATOM, Code, Part, Var, code, literal, plain, tuple_of, var, within
+from .torch_layers import tied
 
 MOST = 5
 """How many operations a statement has at most, unless it is one call."""

@@ -12,12 +12,12 @@ from torch import Tensor, fx
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import key, static
 
-from .python_call import Called, record_lines
-from .python_classes import Class, Classes, numbers_of, type_of
-from .python_code import WIDTH, Code, Instance, Number, Option, Var, wrapped
-from .python_function import LOOP, Function, Loop, Statement
-from .python_names import Names
-from .python_ops import SEMANTIC_NAMES
+from .called import Called, record_lines
+from .classes import Class, Classes, numbers_of, type_of
+from .function import LOOP, Function, Loop, Statement
+from .names import Names
+from .ops import SEMANTIC_NAMES
+from .pieces import WIDTH, Code, Instance, Number, Option, Var, wrapped
 
 
 class Text:
