@@ -316,7 +316,7 @@ class Finetune(Recipe):
         shared = (ShareNormOutput(a),) if a else ()
         stored = (StoreEightBits(a),) if self.eight_bits else ()
         approximate = () if self.exact else (ApproximateActivations(a), *stored)
-        rewrites = (PackDropoutMasks(), LeanActivations(), LeanRmsNorm(), *shared, RecomputeInputs(a), *approximate)
+        rewrites = (PackDropoutMasks(a), LeanActivations(a), LeanRmsNorm(), *shared, RecomputeInputs(a), *approximate)
         if self.budget is None:
             return (*raising, MergeEqualExpressions(), *rewrites, DropDeadCode())
         rewrites = (CheckpointBlocks(a), *rewrites)

@@ -102,12 +102,15 @@ Facts for rewrites of a whole program:
     feedforward.py  The feedforward layers: linear layers on one tensor, an activation or gate, and one back to its width
     residual.py     The residual streams of a program: how wide, who writes them, who reads them
     saved.py        What the backward keeps of the forward, by storage, and which nodes need it
-    budget.py       One way for every unit of a program, so that its backward keeps no more than a budget
+    budget.py       The cheapest choice whose union of needs fits a budget: an exact dynamic program
     streams.py      The mean of a residual stream: who writes it, who would notice its absence
 
 Running them:
 
+    memory_pass.py  A rewrite after which the backward keeps less: where it fits, what is asked, what stands for what
     pipeline.py     Run an ordered tuple of passes on a program, and answer for the result
+    effects.py      What each application of some rewrites changes of what the backward keeps
+    memory_options.py  What may be chosen for the parts of a program so that its backward keeps less, and what it comes to
     attention_steps.py  How an attention goes on from its past: the state behind the last position, and one position more
     stepping.py     A causal program as a program of one position, state in and out
     drawing.py      A program drawn in layers, as SVG: repeated blocks in one box, colours by kind

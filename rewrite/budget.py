@@ -1,145 +1,174 @@
-"""One way for every unit of a program, so that its backward keeps no more than a budget and computes the least again.
+"""The cheapest choice whose union of needs fits a budget: an exact dynamic program over what is kept so far.
 
-    min Σ_u flops(u, w_u)    such that    kept(w) <= budget
+    min Σ_s cost(o_s)    such that    Σ { size(x) : x in ∪_s needs(o_s) } <= budget        one option o_s for every step s
 
-What units keep does not quite add up: what several of them need is kept once. Each way is tried in all units at once, which gives
-a curve per unit; the dynamic program of allocation.py chooses; the whole choice is tried, and chosen anew with what it kept
-too much, or left.
+What several options need is paid once. A state is the set of things needed so far that a later step may speak of; of the
+choices that lead to it, those stay for which no other needs as little and costs as little. Things of size 0 carry what was chosen
+to the steps that depend on it.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .allocation import Choice, Option, allocate
-from .saved import SavedTensors
-
-TRIES = 6
-Key = tuple[object, ...]
-"""What tells a storage from others, in whatever way its units keep it."""
+LIMIT = 50_000
+"""How many partial choices are followed; above, those that are near another are not (never so in the models that are tested)."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a program keeps under some choice.
+class Option:
+    """One way to take a step. Sets of things are numbers, a bit for each.
 
     Attributes:
-        saved: what its backward keeps, and computes again.
-        unit: the unit of its calls, by name; others are of unit 0.
-        fired: the rewrites that fired.
+        needs: what is kept for it.
+        cost: what it costs.
+        asks, bars: what options before must, and must not, need.
+        label: what it is, for who asked.
     """
 
-    saved: SavedTensors
-    unit: Mapping[str, int]
-    fired: frozenset[str] = frozenset()
-
-    def by_unit(self, amounts: Mapping[str, int]) -> Counter[int]:
-        found = Counter[int]()
-        for name, amount in amounts.items():
-            found[self.unit.get(name, 0)] += amount
-        return found
+    needs: int = 0
+    cost: int = 0
+    asks: int = 0
+    bars: int = 0
+    label: Any = None
 
     @property
-    def again(self) -> Counter[int]:
-        """The FLOPs that are computed again, by unit."""
-        return self.by_unit(self.saved.again)
-
-    @property
-    def kept(self) -> Counter[int]:
-        """Bytes by the unit of the first node that needs them."""
-        first = Counter[str]()
-        for tensor in self.saved.tensors:
-            first[tensor.needed_by[0]] += tensor.bytes
-        return self.by_unit(first)
+    def things(self) -> int:
+        return self.needs | self.asks | self.bars
 
 
-class Budget:
-    """The choice of a way for every unit.
+Way = Sequence[Sequence[Option]]
+"""Steps, in order; of each, one option is taken."""
+_Trail = tuple[Any, Option] | None
+_Choices = dict[int, list[tuple[int, int, _Trail]]]
+"""Cost, size and options of partial choices, by the state."""
+
+
+def cheapest(units: Sequence[Sequence[Way]], sizes: Sequence[int], budget: int) -> list[Option] | None:
+    """The options of the cheapest choice that fits, the smallest of the equally cheap; None if none fits.
 
     Args:
-        units, ways: how many there are. Way 0 is to keep everything.
-        tried: what is kept under a choice; asked once for each.
-
-    Attributes:
-        base: the bytes that are kept whatever is chosen.
-        options: for every unit the ways worth choosing, with what they keep on top of that.
+        units: for each, ways of which one is gone.
+        sizes: of the things, by bit.
     """
-
-    def __init__(self, units: int, ways: int, tried: Callable[[Choice], Trial]) -> None:
-        self._tried, self._known = tried, dict[Choice, Trial]()
-        trials = [self.tried((way,) * units) for way in range(ways)]
-        self.base, own = _bytes(trials)
-        again = [trial.again for trial in trials]
-        self.options = [
-            _undominated([(Option(own[unit, way], float(again[way][unit])), way) for way in range(ways)]) for unit in range(units)
-        ]
-
-    def tried(self, choice: Choice) -> Trial:
-        if choice not in self._known:
-            self._known[choice] = self._tried(choice)
-        return self._known[choice]
-
-    def best(self, budget: int) -> Choice | None:
-        """The choice that computes the least again within ``budget`` bytes, of those that were tried; None if none is found."""
-        least = self.least()
-        found = least if self.tried(least).saved.bytes <= budget else None
-        aim, aims = budget, set[int]()
-        while aim not in aims and len(aims) < TRIES:
-            choice = self.choice(aim)
-            saved = self.tried(choice).saved
-            if saved.bytes <= budget and (found is None or saved.recomputed < self.tried(found).saved.recomputed):
-                found = choice
-            aims.add(aim)
-            aim += budget - saved.bytes
-        return found
-
-    def choice(self, aim: int) -> Choice:
-        """The best choice as if the parts added up."""
-        curves = [[option for option, _ in options] for options in self.options]
-        unit = math.gcd(*(option.cost for curve in curves for option in curve)) or 1
-        room = (aim - self.base) // unit
-        if sum(min(option.cost for option in curve) for curve in curves) > room * unit:
-            return self.least()
-        coarse = [[Option(cost // unit, loss) for cost, loss in curve] for curve in curves]
-        return tuple(options[index][1] for options, index in zip(self.options, allocate(coarse, room), strict=True))
-
-    def least(self) -> Choice:
-        """What keeps least."""
-        return tuple(min(options, key=lambda pair: pair[0].cost)[1] for options in self.options)
+    table, behind = _Sizes(sizes), _behind(units)
+    least = _least(units, table)
+    choices: _Choices = {0: [(0, 0, None)]}
+    for index, ways in enumerate(units):
+        found: _Choices = {}
+        for way in ways:
+            rest = _suffixes([_things(step) for step in way], behind[index + 1])
+            reached = choices
+            for step, open_ in zip(way, rest, strict=True):
+                reached = _thinned(_advance(reached, step, table, open_, budget - least[index + 1]))
+            for state, entries in reached.items():
+                found.setdefault(state, []).extend(entries)
+        choices = _thinned({state: _undominated(entries) for state, entries in found.items()})
+    ends = [entry for entries in choices.values() for entry in entries]
+    return list(_options(min(ends, key=lambda entry: entry[:2])[2]))[::-1] if ends else None
 
 
-def _bytes(trials: Sequence[Trial]) -> tuple[int, Counter[tuple[int, int]]]:
-    """What is kept whatever is chosen, and what is kept on top for every unit in every way.
-
-    What one unit alone needs is its own. What several need is kept for good if one of them needs it in all of its ways; else each
-    pays for it, which is too much where two of them choose so.
-    """
-    needed, size = defaultdict[Key, set[tuple[int, int]]](set), dict[Key, int]()
-    for way, trial in enumerate(trials):
-        seen = Counter[Key]()
-        for tensor in trial.saved.tensors:
-            alike: Key = (tensor.node, tensor.kind, tensor.made_by, tensor.bytes)
-            key = (*alike, seen[alike])
-            seen[alike] += 1
-            size[key] = tensor.bytes
-            needed[key] |= {(trial.unit.get(name, 0), way) for name in tensor.needed_by}
-    base, own = 0, Counter[tuple[int, int]]()
-    for key, pairs in needed.items():
-        ways = Counter(unit for unit, _ in pairs)
-        if len(ways) > 1 and len(trials) in ways.values():
-            base += size[key]
+def smallest(units: Sequence[Sequence[Way]], sizes: Sequence[int]) -> list[Option]:
+    """The options of the choice that needs least, the cheapest of the equally small."""
+    low, high = 0, sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if cheapest(units, sizes, middle) is None:
+            low = middle + 1
         else:
-            own.update(dict.fromkeys(pairs, size[key]))
-    return base, own
+            high = middle
+    found = cheapest(units, sizes, low)
+    assert found is not None, "some choice is always possible"
+    return found
 
 
-def _undominated(options: Sequence[tuple[Option, int]]) -> list[tuple[Option, int]]:
-    """Those for which no other, or none before, keeps as little and computes as little again."""
-    kept = list[tuple[Option, int]]()
-    for option, way in sorted(options, key=lambda pair: (pair[0].loss, pair[0].cost, pair[1])):
-        if not kept or option.cost < kept[-1][0].cost:
-            kept.append((option, way))
+class _Sizes:
+    """The size of a set, remembered."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes, self.known = sizes, dict[int, int]()
+
+    def __call__(self, things: int) -> int:
+        if things not in self.known:
+            self.known[things] = sum(size for bit, size in enumerate(self.sizes) if things >> bit & 1)
+        return self.known[things]
+
+
+def _advance(choices: _Choices, step: Sequence[Option], size: _Sizes, open_: int, most: int) -> _Choices:
+    """``choices`` with one option of ``step`` each; ``open_`` are the things that later steps speak of."""
+    found: _Choices = {}
+    for state, entries in choices.items():
+        for option in step:
+            if option.asks & ~state or option.bars & state:
+                continue
+            more = size(option.needs & ~state)
+            after = found.setdefault((state | option.needs) & open_, [])
+            after.extend((c + option.cost, s + more, (trail, option)) for c, s, trail in entries if s + more <= most)
+    return {state: _undominated(entries) for state, entries in found.items() if entries}
+
+
+def _undominated(entries: Iterable[tuple[int, int, _Trail]]) -> list[tuple[int, int, _Trail]]:
+    kept = list[tuple[int, int, _Trail]]()
+    for entry in sorted(entries, key=lambda entry: entry[:2]):
+        if not kept or entry[1] < kept[-1][1]:
+            kept.append(entry)
     return kept
+
+
+def _thinned(choices: _Choices) -> _Choices:
+    """At most about ``LIMIT`` of them; of each state the cheapest and the smallest stay."""
+    every = -(-sum(map(len, choices.values())) // LIMIT)
+    if every <= 1:
+        return choices
+    return {state: [*entries[:-1:every], entries[-1]] for state, entries in choices.items()}
+
+
+def _least(units: Sequence[Sequence[Way]], size: _Sizes) -> list[int]:
+    """What units from each on need at the least: of what no other unit speaks of, and each step by itself."""
+    spoken = [_all(_things(step) for way in ways for step in way) for ways in units]
+    least = [0]
+    for index in reversed(range(len(units))):
+        others = _all(spoken[:index] + spoken[index + 1 :])
+        least.append(least[-1] + min(_least_of(way, others, size) for way in units[index]))
+    return least[::-1]
+
+
+def _least_of(way: Way, others: int, size: _Sizes) -> int:
+    total = 0
+    for index, step in enumerate(way):
+        shared = others | _all(_things(other) for i, other in enumerate(way) if i != index)
+        total += min(size(option.needs & ~shared) for option in step)
+    return total
+
+
+def _behind(units: Sequence[Sequence[Way]]) -> list[int]:
+    """The things that units from each on speak of."""
+    return [*_suffixes([_all(_things(step) for way in ways for step in way) for ways in units], 0, inclusive=True), 0]
+
+
+def _suffixes(things: Sequence[int], last: int, inclusive: bool = False) -> list[int]:
+    """For each, the union of ``last`` and of what comes after it, or with it."""
+    found = list[int]()
+    for thing in reversed(things):
+        found.append(last | thing if inclusive else last)
+        last |= thing
+    return found[::-1]
+
+
+def _things(step: Iterable[Option]) -> int:
+    return _all(option.things for option in step)
+
+
+def _all(sets: Iterable[int]) -> int:
+    union = 0
+    for one in sets:
+        union |= one
+    return union
+
+
+def _options(trail: _Trail) -> Iterator[Option]:
+    while trail is not None:
+        trail, option = trail
+        yield option

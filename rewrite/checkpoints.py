@@ -82,15 +82,31 @@ def mark(block: Block) -> None:
     Raises:
         Refused: a second run would not be the first, or it is part of another part.
     """
+    for node in inside(block):
+        node.meta[CHECKPOINT] = f"{block.path or 'calls'} from {block.nodes[0].name}"
+
+
+def inside(block: Block) -> list[fx.Node]:
+    """The calls that the backward runs again if ``block`` is marked.
+
+    Raises:
+        Refused: as of ``mark``.
+    """
     require(all(CHECKPOINT not in node.meta for node in block.nodes), "it is checkpointed already")
     require_repeatable(block)
-    inside, outside = set(block.nodes), set[fx.Node]()
+    nodes, outside = set(block.nodes), set[fx.Node]()
     for node in block.nodes:
-        given = all(x in outside or x not in inside for x in node.all_input_nodes)
-        if given and not _is_tensor(node):
+        if not _is_tensor(node) and all(x in outside or x not in nodes for x in node.all_input_nodes):
             outside.add(node)
-        else:
-            node.meta[CHECKPOINT] = f"{block.path or 'calls'} from {block.nodes[0].name}"
+    found = [node for node in block.nodes if node not in outside]
+    require(found and _is_one_call(found), "something that it reads is computed from what it returns")
+    return found
+
+
+def given(nodes: Collection[fx.Node]) -> list[fx.Node]:
+    """What a part of these calls is given and keeps, whatever comes of it: all that it reads, but for weights."""
+    read = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x.op != "get_attr")
+    return [x for x in read if x not in nodes]
 
 
 def require_repeatable(block: Block) -> None:
@@ -111,11 +127,6 @@ def settle(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.meta.get(CHECKPOINT) not in found:
             node.meta.pop(CHECKPOINT, None)
-
-
-def unmark(block: Block) -> None:
-    for node in block.nodes:
-        node.meta.pop(CHECKPOINT, None)
 
 
 def _is_tensor(node: fx.Node) -> bool:

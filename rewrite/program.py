@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -35,9 +35,9 @@ PLAN = "tautomer_plan"
 
 @dataclass(frozen=True)
 class Site:
-    """What a plan says of a node: the part of the program it is in, by number, and the rewrites for memory that may fire."""
+    """What a plan says of a node: the call that it stands for, by name, and the rewrites for memory that may fire there."""
 
-    unit: int
+    call: str
     rewrites: frozenset[str]
 
 
@@ -55,6 +55,7 @@ class Program:
         regions: bodies of higher-order ops, by the name their ``get_attr`` node reads.
         name: the user's class.
         notes: what the capture had to do, one sentence each; they head the report.
+        facts: what was found of a graph, by all that it depends on (``spelled``); copies share it.
     """
 
     graph: fx.Graph
@@ -66,6 +67,7 @@ class Program:
     regions: dict[str, fx.GraphModule] = field(default_factory=dict)
     name: str = "model"
     notes: list[str] = field(default_factory=list)
+    facts: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def copy(self) -> Program:
         """An independent graph and table over the same leaves; node names are kept."""
@@ -84,6 +86,7 @@ class Program:
             dict(self.regions),
             self.name,
             list(self.notes),
+            self.facts,
         )
 
     def restore(self, snapshot: Program) -> None:
@@ -138,6 +141,14 @@ class Program:
         Example: ``program.count(torch.ops.aten.layer_norm.default)``
         """
         return len(self.graph.find_nodes(op="call_function", target=target))
+
+    def spelled(self) -> Hashable:
+        """The calls by name, and what they read: equal for programs over the same leaves that compute and train the same."""
+        calls = tuple((n.name, n.target, str(n.args), str(n.kwargs), n.meta.get(CHECKPOINT)) for n in self.graph.nodes)
+        entries = self.weights.entries.items()
+        weights = tuple((name, id(w.meta), w.expression if w.edited else None, w.requires_grad) for name, w in entries)
+        leaves = tuple((id(leaf), leaf.dtype, leaf.requires_grad) for leaf in self.weights.leaves.values())
+        return (calls, weights, leaves, tuple(self.regions.items()))
 
     def __str__(self) -> str:
         return "\n".join(line(node) for node in self.graph.nodes if node.op != "get_attr")

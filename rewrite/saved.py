@@ -75,6 +75,7 @@ class SavedTensors:
         tensors: one per storage, in the order they arise.
         notes: what a reader must know, one sentence each.
         at: the kept storage of a node's value, by the node's name; views of one storage have one.
+        values: the storages of a node's value, by the node's name, kept or not (then nothing needs them); not those of weights.
         flops: what each call of the forward costs, by the node's name (flops.py).
         again: what the backward computes again of it.
     """
@@ -83,6 +84,7 @@ class SavedTensors:
     tensors: tuple[SavedTensor, ...]
     notes: tuple[str, ...] = field(default=())
     at: Mapping[str, SavedTensor] = field(default_factory=dict, repr=False)
+    values: Mapping[str, tuple[SavedTensor, ...]] = field(default_factory=dict, repr=False)
     flops: Mapping[str, int] = field(default_factory=dict, repr=False)
     again: Mapping[str, int] = field(default_factory=dict, repr=False)
 
@@ -156,18 +158,24 @@ def saved_tensors(
     hooks = torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda x: x)
     with torch.enable_grad(), quiet_fakes(), mode, KernelObserver(watch.kernel), _autocast(device, autocast), hooks:
         watch.all(feed, watch.value)
-    tensors = watch.saved()
-    at = {name: tensors[key] for name, key in watch.values_at.items() if key in tensors}
+    made = watch.storages()
+    tensors = tuple(tensor for tensor in made.values() if tensor.needed_by)
+    values = {name: tuple(made[key] for key in keys if key in made) for name, keys in watch.values_at.items()}
+    at = {name: kept[-1] for name, found in values.items() if (kept := [tensor for tensor in found if tensor.needed_by])}
     trainable = any(x.requires_grad for x in (*weights.values(), *feed) if isinstance(x, Tensor))
     notes = () if trainable else ("nothing requires a gradient: there is no backward",)
-    return SavedTensors(program.name, tuple(tensors.values()), notes, at, watch.flops, watch.again)
+    return SavedTensors(program.name, tensors, notes, at, values, watch.flops, watch.again)
 
 
 def saved_in_training(program: Program, autocast: torch.dtype | None = None) -> SavedTensors:
     """The same with every module of a program for both modes in training."""
-    twin = program.copy()
-    twin.training = dict.fromkeys(twin.training, True)
-    return saved_tensors(twin, autocast=autocast)
+    question = ("saved in training", autocast, program.spelled())
+    if question not in program.facts:
+        twin = program.copy()
+        twin.training = dict.fromkeys(twin.training, True)
+        program.facts[question] = saved_tensors(twin, autocast=autocast)
+    found: SavedTensors = program.facts[question]
+    return found
 
 
 class _Watch(Interpretation):
@@ -180,7 +188,7 @@ class _Watch(Interpretation):
         # The tensors stay alive: a storage that is freed could pass its identity on.
         self.made: dict[int, tuple[fx.Node, Kind, str, Tensor]] = {}
         self.needed: dict[int, dict[fx.Node, None]] = {}
-        self.values_at: dict[str, int] = {}
+        self.values_at: dict[str, tuple[int, ...]] = {}
         self.part = {node: name for name, block in parts(program.graph).items() for node in block.nodes}
         self.flops: dict[str, int] = {}
         self.again: dict[str, int] = {}
@@ -219,7 +227,8 @@ class _Watch(Interpretation):
     def value(self, node: fx.Node, value: Any) -> None:
         kind: Kind = "input" if node.op == "placeholder" else "value"
         for tensor in _tensors(value):
-            key = self.values_at[node.name] = storage_key(tensor)
+            key = storage_key(tensor)
+            self.values_at[node.name] = (*self.values_at.get(node.name, ()), key)
             if node.op == "get_attr":
                 self.owned.add(key)  # statistics that the graph writes: a copy of the user's
             elif key not in self.made or self.made[key][0] is node:
@@ -236,12 +245,13 @@ class _Watch(Interpretation):
             self.made.setdefault(key, (self.node, "inside", target_name(self.node), tensor))
             self.needed.setdefault(key, {})[self.node] = None
 
-    def saved(self) -> dict[int, SavedTensor]:
+    def storages(self) -> dict[int, SavedTensor]:
+        """All that were made, in order, by identity."""
         found = {}
         for key, (node, kind, made_by, tensor) in self.made.items():
-            readers = self.needed.get(key)
-            if readers is None:
+            if key in self.owned:
                 continue
+            readers = self.needed.get(key, {})
             found[key] = SavedTensor(
                 node.name,
                 kind,

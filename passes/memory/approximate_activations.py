@@ -20,40 +20,29 @@ from torch import fx
 
 from tautomer.rewrite.claims import APPROXIMATE_GRADIENT
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import substitute
-from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.errors import require
+from tautomer.rewrite.memory_pass import Exchange, MemoryPass
 from tautomer.rewrite.ops import normal
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program
-from tautomer.rewrite.saved import SavedTensors, saved_in_training
+from tautomer.rewrite.saved import SavedTensors
 
 aten = torch.ops.aten
 
 
-class ApproximateActivations(Pass):
+class ApproximateActivations(MemoryPass):
     """GELU and SiLU keep two bits per entry, and get approximate gradients; see the module.
 
-    Args:
-        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    Args: as of ``TrainingPass``.
     """
 
     claim = APPROXIMATE_GRADIENT("the slope of an activation is one of four numbers, nearly unbiased for normal inputs")
     paper: ClassVar[str] = "arXiv:2406.16282"
-    purpose: ClassVar[Purpose] = "memory"
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
-        self.autocast = autocast
+    def at(self, node: fx.Node) -> fx.Node | None:
+        return node if node.target in (aten.gelu.default, aten.silu.default) else None
 
-    def run(self, program: Program, context: Context) -> None:
-        saved, editor = saved_in_training(program, self.autocast), Editor(program)
-        for node in list(program.graph.nodes):
-            if node.target not in (aten.gelu.default, aten.silu.default) or not context.admits(self, node):
-                continue
-            try:
-                require_gain(saved, node)
-                substitute(self, [node], lambda op, node=node: [emit(op, node)], editor, context)  # type: ignore[misc]
-            except Refused as refusal:
-                context.refused(self, node, str(refusal))
+    def exchange(self, node: fx.Node, saved: SavedTensors, editor: Editor) -> Exchange:
+        require_gain(saved, node)
+        return [node], lambda op: [emit(op, node)]
 
 
 def require_gain(saved: SavedTensors, node: fx.Node) -> None:

@@ -15,64 +15,65 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from tautomer.rewrite.blocks import Block, repeated
-from tautomer.rewrite.checkpoints import mark, unmark
+from tautomer.rewrite.checkpoints import given, inside, mark
 from tautomer.rewrite.claims import BITWISE
 from tautomer.rewrite.errors import Refused, require
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
+from tautomer.rewrite.memory_pass import TrainingPass
+from tautomer.rewrite.pass_base import Context, Purpose
 from tautomer.rewrite.program import Program, path_of
-from tautomer.rewrite.saved import saved_in_training
+from tautomer.rewrite.saved import SavedTensors
 
 
-class CheckpointBlocks(Pass):
+class CheckpointBlocks(TrainingPass):
     """Blocks are run again in the backward; see the module.
 
-    Args:
-        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    Args: as of ``TrainingPass``.
     """
 
     claim = BITWISE("the same calls on the same values, a second time")
     paper: ClassVar[str] = "arXiv:1604.06174"
     purpose: ClassVar[Purpose] = "memory"
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
-        self.autocast = autocast
-
     def run(self, program: Program, context: Context) -> None:
-        saved, twin = saved_in_training(program, self.autocast), program.copy()
-        twins = {node.name: node for node in twin.graph.nodes}
-        for group in sites(program):
-            gains = dict[int, int]()  # of equal blocks that let go of as much, one is tried
-            for block in group:
-                first = block.nodes[0]
-                if not context.lets(self, first):  # no value is replaced, so a node that must stay as it is may be in it
-                    continue
-                try:
-                    goes = saved.freed({node.name for node in block.nodes})
-                    require(goes, "nothing in it or before it trains: it keeps nothing of its own")
-                    if goes not in gains:
-                        same = Block(block.path, tuple(twins[node.name] for node in block.nodes))
-                        mark(same)
-                        gains[goes] = saved.bytes - saved_in_training(twin, self.autocast).bytes
-                        unmark(same)
-                    require(gains[goes] > 0, "what it reads would be kept, and that is no less than what it keeps")
-                    mark(block)
-                    context.applied(self, first, f"{block} is run again")
-                except Refused as refusal:
-                    context.refused(self, first, str(refusal))
+        saved = self.saved(program)
+        for block in sites(program):
+            first = block.nodes[0]
+            if not context.lets(self, first):  # no value is replaced, so a node that must stay as it is may be in it
+                continue
+            try:
+                require_gain(saved, block)
+                mark(block)
+                context.applied(self, first, f"{block} is run again")
+            except Refused as refusal:
+                context.refused(self, first, str(refusal))
 
 
-def sites(program: Program) -> Sequence[Sequence[Block]]:
-    """The blocks that may be checkpointed, those that are equal together: repeated ones and other numbered modules; else
-    the modules of the first level."""
+def require_gain(saved: SavedTensors, block: Block) -> list[fx.Node]:
+    """The calls of ``block`` that are run again.
+
+    Raises:
+        Refused: it cannot be run again, or what it is given is no less than what it keeps.
+    """
+    nodes = inside(block)
+    names = {node.name for node in nodes}
+    require(saved.freed(names), "nothing in it or before it trains: it keeps nothing of its own")
+    comes = {id(tensor): tensor for x in given(nodes) for tensor in saved.values.get(x.name, ())}
+    more = sum(tensor.bytes for tensor in comes.values() if not tensor.needed_by)
+    less = sum(x.bytes for x in saved.tensors if names.issuperset(x.needed_by) and id(x) not in comes)
+    require(less > more, "what it reads would be kept, and that is no less than what it keeps")
+    return nodes
+
+
+def sites(program: Program) -> list[Block]:
+    """The blocks that may be checkpointed: repeated ones and other numbered modules; else the modules of the first level."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    groups = [list(group) for group in repeated(program)]
-    taken = {node for group in groups for block in group for node in block.nodes}
-    alone = [[block] for block in _runs(calls, lambda node: "" if node in taken else _numbered(path_of(node)))]
-    return groups + alone or [[block] for block in _runs(calls, lambda node: path_of(node).partition(".")[0])]
+    equal = [block for group in repeated(program) for block in group]
+    taken = {node for block in equal for node in block.nodes}
+    alone = _runs(calls, lambda node: "" if node in taken else _numbered(path_of(node)))
+    return equal + alone or _runs(calls, lambda node: path_of(node).partition(".")[0])
 
 
 def _runs(calls: Sequence[fx.Node], path: Callable[[fx.Node], str]) -> list[Block]:

@@ -16,33 +16,30 @@ from torch import fx
 
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.equation import shape
-from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.errors import require
+from tautomer.rewrite.memory_pass import Exchange, MemoryPass
 from tautomer.rewrite.ops import OPS, normal
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program
+from tautomer.rewrite.saved import SavedTensors
 from tautomer.rewrite.shapes import same_shape
 
 GLU, QUICK_GELU = OPS["glu"].target, OPS["quick_gelu"].target
 
 
-class LeanActivations(Pass):
-    """Gated units and quick GELU → ops that keep their operands alone; see the module."""
+class LeanActivations(MemoryPass):
+    """Gated units and quick GELU → ops that keep their operands alone; see the module.
+
+    Args: as of ``TrainingPass``.
+    """
 
     claim = ALGEBRAIC("none in the forward; the gradient is rounded in another order")
     paper: ClassVar[str] = "arXiv:2410.10989"
-    purpose: ClassVar[Purpose] = "memory"
 
-    def run(self, program: Program, context: Context) -> None:
-        editor = Editor(program)
-        for node in list(program.graph.nodes):
-            if node.target not in (GLU, QUICK_GELU) or not context.admits(self, node):
-                continue
-            try:
-                substitute(self, [node], lambda op, node=node: [lean(op, node)], editor, context)  # type: ignore[misc]
-            except Refused as refusal:
-                context.refused(self, node, str(refusal))
+    def at(self, node: fx.Node) -> fx.Node | None:
+        return node if node.target in (GLU, QUICK_GELU) else None
+
+    def exchange(self, node: fx.Node, saved: SavedTensors, editor: Editor) -> Exchange:
+        return [node], lambda op: [lean(op, node)]
 
 
 def lean(op: GraphOps, node: fx.Node) -> fx.Node:

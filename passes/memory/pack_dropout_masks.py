@@ -9,40 +9,34 @@ alone: it keeps a seed.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import fx
 
 from tautomer.rewrite.claims import BITWISE
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import substitute
-from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.errors import require
+from tautomer.rewrite.memory_pass import Exchange, MemoryPass
 from tautomer.rewrite.ops import normal
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program
-from tautomer.rewrite.saved import saved_in_training
+from tautomer.rewrite.saved import SavedTensors
 
 DROPOUT = torch.ops.aten.dropout.default
 
 
-class PackDropoutMasks(Pass):
-    """Dropouts keep one bit per entry; see the module."""
+class PackDropoutMasks(MemoryPass):
+    """Dropouts keep one bit per entry; see the module.
+
+    Args: as of ``TrainingPass``.
+    """
 
     claim = BITWISE("the same numbers are drawn, in the same order, and multiplied by")
-    purpose: ClassVar[Purpose] = "memory"
 
-    def run(self, program: Program, context: Context) -> None:
-        saved, editor = saved_in_training(program), Editor(program)
-        keeping = {name for tensor in saved.tensors for name in tensor.needed_by}
-        for node in list(program.graph.nodes):
-            if node.target is not DROPOUT or not context.admits(self, node):
-                continue
-            try:
-                require(node.name in keeping, "nothing before it trains: it keeps nothing")
-                substitute(self, [node], lambda op, node=node: [packed(op, node)], editor, context)  # type: ignore[misc]
-            except Refused as refusal:
-                context.refused(self, node, str(refusal))
+    def at(self, node: fx.Node) -> fx.Node | None:
+        return node if node.target is DROPOUT else None
+
+    def exchange(self, node: fx.Node, saved: SavedTensors, editor: Editor) -> Exchange:
+        keeping = any(node.name in tensor.needed_by for tensor in saved.tensors)
+        require(keeping, "nothing before it trains: it keeps nothing")
+        return [node], lambda op: [packed(op, node)]
 
 
 def packed(op: GraphOps, node: fx.Node) -> fx.Node:

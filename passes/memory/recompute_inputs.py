@@ -25,12 +25,11 @@ from torch import fx
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.diagonal import again
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.memory_pass import Exchange, MemoryPass
 from tautomer.rewrite.ops import OPS, normal
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import CHECKPOINT, Program, place, target_name
-from tautomer.rewrite.saved import SavedTensors, saved_in_training
+from tautomer.rewrite.program import CHECKPOINT, place, target_name
+from tautomer.rewrite.saved import SavedTensors
 from tautomer.rewrite.weights import leaves
 
 aten = torch.ops.aten
@@ -59,35 +58,23 @@ class Source:
         return tuple(x for x in (self.a, self.p, self.q) if x is not None)
 
 
-class RecomputeInputs(Pass):
+class RecomputeInputs(MemoryPass):
     """Inputs of linear layers are computed again in the backward; see the module.
 
-    Args:
-        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    Args: as of ``TrainingPass``.
     """
 
     claim = ALGEBRAIC("none in the forward; a weight's gradient may be summed in another order")
     paper: ClassVar[str] = "arXiv:2410.10989"
-    purpose: ClassVar[Purpose] = "memory"
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
-        self.autocast = autocast
+    def at(self, node: fx.Node) -> fx.Node | None:
+        return node if any(reads(user, node) for user in node.users) and any(sources_of(node)) else None
 
-    def run(self, program: Program, context: Context) -> None:
-        saved, editor = saved_in_training(program, self.autocast), Editor(program)
-        for value in reversed(list(program.graph.nodes)):  # names of ``saved`` above a value are then still those of the graph
-            layers = [user for user in value.users if reads(user, value)]
-            sources = list(sources_of(value))
-            if not sources or not layers or not context.admits(self, value):
-                continue
-            try:
-                layers = require_keepers(editor, layers)
-                source = gaining(saved, editor, value, sources, layers)
-                old = [*([source.before] if source.before else []), value]
-                make = partial(emit, old=old, source=source, layers=layers)
-                substitute(self, [*old, *layers], make, editor, context, at=value)
-            except Refused as refusal:
-                context.refused(self, value, str(refusal))
+    def exchange(self, node: fx.Node, saved: SavedTensors, editor: Editor) -> Exchange:
+        layers = require_keepers(editor, [user for user in node.users if reads(user, node)])
+        source = gaining(saved, editor, node, list(sources_of(node)), layers)
+        old = [*([source.before] if source.before else []), node]
+        return [*old, *layers], partial(emit, old=old, source=source, layers=layers)
 
 
 def emit(op: GraphOps, old: Sequence[fx.Node], source: Source, layers: Sequence[fx.Node]) -> list[fx.Node]:

@@ -28,12 +28,11 @@ from torch import fx
 
 from tautomer.rewrite.claims import ALGEBRAIC
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.memory_pass import Exchange, MemoryPass
 from tautomer.rewrite.ops import OPS, normal
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program, place
-from tautomer.rewrite.saved import SavedTensors, saved_in_training
+from tautomer.rewrite.program import place
+from tautomer.rewrite.saved import SavedTensors
 
 from .recompute_inputs import Source, layer_from, made_again, reads, require_keepers, source_of
 
@@ -41,34 +40,25 @@ LEAN_DROPOUT = OPS["lean_dropout"].target
 _NORMS = ("layer_norm", "rms_norm")
 
 
-class ShareNormOutput(Pass):
+class ShareNormOutput(MemoryPass):
     """Norms keep their output, which the linear layers behind them share; see the module.
 
-    Args:
-        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    Args: as of ``TrainingPass``.
     """
 
     claim = ALGEBRAIC("none in the forward; the gradient reads y rounded to the dtype in which the layers read it")
     paper: ClassVar[str] = "arXiv:2406.16282"
-    purpose: ClassVar[Purpose] = "memory"
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
-        self.autocast = autocast
+    def at(self, node: fx.Node) -> fx.Node | None:
+        source = source_of(node)
+        return node if source is not None and source.by in _NORMS else None
 
-    def run(self, program: Program, context: Context) -> None:
-        saved, editor = saved_in_training(program, self.autocast), Editor(program)
-        for value in reversed(list(program.graph.nodes)):
-            source = source_of(value)
-            if source is None or source.by not in _NORMS or not context.admits(self, value):
-                continue
-            try:
-                layers = require_readers(editor, value)
-                self.require_gain(saved, value, layers)
-                dropped = [x for x in dict.fromkeys(map(read_by, layers)) if x is not value]
-                make = partial(emit, value=value, source=source, dropped=dropped, layers=layers)
-                substitute(self, [value, *dropped, *layers], make, editor, context)
-            except Refused as refusal:
-                context.refused(self, value, str(refusal))
+    def exchange(self, node: fx.Node, saved: SavedTensors, editor: Editor) -> Exchange:
+        layers, source = require_readers(editor, node), source_of(node)
+        self.require_gain(saved, node, layers)
+        dropped = [x for x in dict.fromkeys(map(read_by, layers)) if x is not node]
+        assert source is not None
+        return [node, *dropped, *layers], partial(emit, value=node, source=source, dropped=dropped, layers=layers)
 
     def require_gain(self, saved: SavedTensors, value: fx.Node, layers: Sequence[fx.Node]) -> None:
         """Refuse where y and r are not less than what goes for them."""

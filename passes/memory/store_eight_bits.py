@@ -19,48 +19,39 @@ from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from tautomer.rewrite.claims import APPROXIMATE_GRADIENT
 from tautomer.rewrite.emit import Editor, GraphOps
-from tautomer.rewrite.engine import substitute
-from tautomer.rewrite.errors import Refused, require
+from tautomer.rewrite.errors import require
 from tautomer.rewrite.lean import GROUP
+from tautomer.rewrite.memory_pass import Exchange, MemoryPass
 from tautomer.rewrite.ops import normal
-from tautomer.rewrite.pass_base import Context, Pass, Purpose
-from tautomer.rewrite.program import Program
-from tautomer.rewrite.saved import SavedTensors, saved_in_training
+from tautomer.rewrite.saved import SavedTensors
 
 from .recompute_inputs import reads, require_keepers, stays
 
 
-class StoreEightBits(Pass):
+class StoreEightBits(MemoryPass):
     """Linear layers keep their input in eight bits, and get approximate gradients of their weights; see the module.
 
-    Args:
-        autocast: the dtype of autocast that the program will be trained under, if any: it decides what is kept.
+    Args: as of ``TrainingPass``.
     """
 
     claim = APPROXIMATE_GRADIENT("a weight's gradient reads its layer's input rounded to one of 256 numbers of its group")
     paper: ClassVar[str] = "arXiv:2111.11124"
-    purpose: ClassVar[Purpose] = "memory"
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
-        self.autocast = autocast
+    def at(self, node: fx.Node) -> fx.Node | None:
+        return min(_layers(node), default=None)
 
-    def run(self, program: Program, context: Context) -> None:
-        saved, editor = saved_in_training(program, self.autocast), Editor(program)
-        for value in reversed(list(program.graph.nodes)):  # names of ``saved`` above a value are then still those of the graph
-            layers = sorted(user for user in value.users if value.op != "get_attr" and reads(user, value))
-            if not layers or not context.admits(self, layers[0]):
-                continue
-            try:
-                layers = require_keepers(editor, layers)
-                require_gain(saved, value, layers)
-                substitute(self, layers, partial(emit, value=value, layers=layers), editor, context)
-            except Refused as refusal:
-                context.refused(self, layers[0], str(refusal))
+    def exchange(self, node: fx.Node, saved: SavedTensors, editor: Editor) -> Exchange:
+        layers = require_keepers(editor, sorted(_layers(node)))
+        require_gain(saved, node, layers)
+        return layers, partial(emit, value=node, layers=layers)
+
+
+def _layers(value: fx.Node) -> list[fx.Node]:
+    return [user for user in value.users if value.op != "get_attr" and reads(user, value)]
 
 
 def require_gain(saved: SavedTensors, value: fx.Node, layers: Sequence[fx.Node]) -> None:

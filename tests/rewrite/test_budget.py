@@ -1,4 +1,4 @@
-"""A choice within the budget, the cheapest there is; what units share is counted once."""
+"""The cheapest choice within a budget, held to every choice there is; what steps share is paid once."""
 
 from __future__ import annotations
 
@@ -6,55 +6,75 @@ import itertools
 import random
 
 import pytest
-import torch
 
-from tautomer.rewrite.allocation import Choice
-from tautomer.rewrite.budget import Budget, Trial
-from tautomer.rewrite.saved import SavedTensor, SavedTensors
+from tautomer.rewrite import budget as solver
+from tautomer.rewrite.budget import Option, Way, cheapest, smallest
 
-UNITS, WAYS = 4, 3
+Units = list[list[Way]]
 
 
-def kept(node: str, size: int, *needed_by: str) -> SavedTensor:
-    return SavedTensor(node, "value", "op", (size,), torch.uint8, size, needed_by, needed_by)
+def every(units: Units, sizes: list[int]) -> list[tuple[int, int]]:
+    """Cost and size of every choice."""
+    found = []
+    for ways in itertools.product(*units):
+        for options in itertools.product(*(step for way in ways for step in way)):
+            needed, possible = 0, True
+            for option in options:
+                possible = possible and not option.asks & ~needed and not option.bars & needed
+                needed |= option.needs
+            if possible:
+                found.append((sum(o.cost for o in options), _size(needed, sizes)))
+    return found
 
 
-def tried(sizes: list[list[int]], flops: list[list[int]], shared: dict[tuple[int, ...], int], choice: Choice) -> Trial:
-    """Every unit keeps its own; a storage of ``shared`` stays while one of its units has way 0."""
-    names = {f"n{unit}": unit for unit in range(UNITS)}
-    tensors = [kept(f"own {unit} {way}", sizes[unit][way], f"n{unit}") for unit, way in enumerate(choice)]
-    for units, size in shared.items():
-        needed = [f"n{unit}" for unit in units if choice[unit] == 0]
-        tensors += [kept(f"shared {units}", size, *needed)] if needed else []
-    again = {f"n{unit}": flops[unit][way] for unit, way in enumerate(choice)}
-    return Trial(SavedTensors("model", tuple(tensors), again=again), names)
+def _size(things: int, sizes: list[int]) -> int:
+    return sum(size for bit, size in enumerate(sizes) if things >> bit & 1)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("sharing", [False, True])
-def test_it_is_the_best_of_all_choices(seed: int, sharing: bool) -> None:
-    draw = random.Random(seed)
-    sizes = [sorted((draw.randint(1, 30) for _ in range(WAYS)), reverse=True) for _ in range(UNITS)]
-    flops = [sorted(draw.randint(0, 50) for _ in range(WAYS)) for _ in range(UNITS)]
-    shared = {(0, 1): 7, (1, 2, 3): 4} if sharing else {}
-    every = {c: tried(sizes, flops, shared, c).saved for c in itertools.product(range(WAYS), repeat=UNITS)}
-    budget = Budget(UNITS, WAYS, lambda choice: tried(sizes, flops, shared, choice))
-    floor = min(saved.bytes for saved in every.values())
-    for limit in range(floor, max(saved.bytes for saved in every.values()) + 1, 3):
-        choice = budget.best(limit)
-        assert choice is not None and every[choice].bytes <= limit
-        if not sharing:  # else what two of them need may be counted twice, and a little is left
-            assert every[choice].recomputed == min(saved.recomputed for saved in every.values() if saved.bytes <= limit)
-    assert budget.best(floor - 1) is None
+def problem(seed: int) -> tuple[Units, list[int]]:
+    """Steps that share things, and some that depend on what was chosen before."""
+    draw, bits = random.Random(seed), 9
+    sizes = [0, 0, *(draw.randint(1, 20) for _ in range(bits - 2))]
+
+    def option() -> Option:
+        needs = sum(1 << bit for bit in draw.sample(range(bits), 3))
+        asks, bars = (1 << draw.randrange(2) if draw.random() < 0.2 else 0 for _ in range(2))
+        return Option(needs, draw.choice([0, 0, 3, 7, 7, draw.randint(1, 40)]), asks, bars)
+
+    def way() -> Way:
+        return [[Option(draw.getrandbits(bits)), *(option() for _ in range(2))] for _ in range(draw.randint(1, 2))]
+
+    return [[way() for _ in range(draw.randint(1, 2))] for _ in range(3)], sizes
 
 
-def test_what_all_ways_of_a_unit_need_is_kept_for_good() -> None:
-    def mask(choice: Choice) -> Trial:
-        needed = [f"n{unit}" for unit, way in enumerate(choice) if unit == 0 or way == 0]
-        own = [kept(f"own {unit} {way}", 10 if way == 0 else 1, f"n{unit}") for unit, way in enumerate(choice)]
-        tensors = (kept("mask", 100, *needed), *own)
-        return Trial(SavedTensors("model", tensors, again={f"n{u}": way for u, way in enumerate(choice)}), {"n0": 0, "n1": 1})
+@pytest.mark.parametrize("seed", range(12))
+def test_it_is_the_cheapest_of_all_choices_and_of_these_the_smallest(seed: int) -> None:
+    units, sizes = problem(seed)
+    choices = every(units, sizes)
+    for budget in {size + more for _, size in choices for more in (0, 1)} | {sum(sizes)}:
+        best = min(choice for choice in choices if choice[1] <= budget)
+        options = cheapest(units, sizes, budget)
+        assert options is not None
+        needed = 0
+        for option in options:
+            needed |= option.needs
+        assert (sum(o.cost for o in options), _size(needed, sizes)) == best
+    floor = min(size for _, size in choices)
+    assert cheapest(units, sizes, floor - 1) is None
+    assert sum(o.cost for o in smallest(units, sizes)) == min(cost for cost, size in choices if size == floor)
 
-    budget = Budget(2, 2, mask)
-    assert budget.base == 100 and [[option.cost for option, _ in options] for options in budget.options] == [[10, 1], [10, 1]]
-    assert sum(budget.best(111) or ()) == 1
+
+def test_what_two_steps_need_is_paid_once() -> None:
+    keep, again = Option(0b01, 0), Option(0b10, 5)
+    assert cheapest([[[[keep, again]]], [[[keep, again]]]], [10, 1], 10) == [keep, keep]
+
+
+def test_too_many_partial_choices_are_thinned_and_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    steps: Way = [[Option(1 << i), Option(0, draw.randint(50, 99))] for i in range(16)]
+    sizes = [draw.randint(50, 99) for _ in range(16)]
+    exact = cheapest([[steps]], sizes, 600)
+    monkeypatch.setattr(solver, "LIMIT", 20)
+    near = cheapest([[steps]], sizes, 600)
+    assert exact is not None and near is not None and sum(_size(o.needs, sizes) for o in near) <= 600
+    assert sum(o.cost for o in exact) <= sum(o.cost for o in near) <= 1.2 * sum(o.cost for o in exact)
