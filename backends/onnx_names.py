@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import namedtuple
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -220,7 +221,7 @@ def moved_counts(signature: Signature) -> list[str]:
 def _objects(spec: Any) -> Iterator[Any]:
     """The nodes of a tree that hold tensors and are no plain containers."""
     if not spec.is_leaf() and spec.num_leaves:
-        if not issubclass(spec.type, (tuple, list, dict)):
+        if spec.type is not namedtuple and not issubclass(spec.type, (tuple, list, dict)):
             yield spec
         for child in spec.children():
             yield from _objects(child)

@@ -247,9 +247,11 @@ def drop_empty_cat(op: GraphOps, node: fx.Node) -> fx.Node | None:
 
 
 def spell_shape(op: GraphOps, node: fx.Node) -> fx.Node | None:
-    """reshape_as(x, y) = reshape(x, s) where y has the shape s for every input: then y is not read"""
+    """reshape_as(x, y) = reshape(x, s) where one size of y at most is free, which follows from the others: then y is not read"""
     sizes = [static(size) for size in _shape(node)]
-    return None if None in sizes else op.reshape(node.args[0], sizes)  # type: ignore[no-any-return]
+    if sizes.count(None) > 1 or (None in sizes and 0 in sizes):
+        return None
+    return op.reshape(node.args[0], [-1 if size is None else size for size in sizes])  # type: ignore[no-any-return]
 
 
 def spell_cast(op: GraphOps, node: fx.Node) -> fx.Node | None:

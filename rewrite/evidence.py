@@ -23,6 +23,8 @@ FLOOR = 1e-3
 ROUNDING = 64
 """In the user's own dtype a rewritten program may err twice as much as the original did, plus this many roundings."""
 
+AMPLIFIED = 32
+"""What moves by more than the above when every weight moves by one float64 rounding is held to this many times that move."""
 
 _PIECE = 2**20
 
@@ -166,6 +168,14 @@ def _where_finite(original: Tensor, value: Tensor, oracle: Tensor) -> tuple[Tens
     """Value and oracle in double precision, zero where the original is not finite."""
     finite = original.isfinite()
     return torch.where(finite, _wide(value), 0.0), torch.where(finite, _wide(oracle), 0.0)
+
+
+def by_a_rounding(x: Tensor, generator: torch.Generator) -> Tensor:
+    """``x`` [float64] with every entry moved by one rounding, up or down; ``x`` itself where it has other entries."""
+    if not x.is_floating_point():
+        return x
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1
+    return x * (1 + signs * torch.finfo(torch.float64).eps)
 
 
 def floating(x: Tensor) -> bool:

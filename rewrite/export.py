@@ -69,7 +69,8 @@ def automatic_sizes(leaves: Sequence[Any], length: int | None, cached: Sequence[
     Args:
         length: the length of the sequences among the leaves, None if there are none.
         cached: for every leaf, whether it is part of a cache, or of what an encoder returned: its length is another one.
-        embedded: whether the sequences are ``[batch, sequence, width]``: their width is none of the sizes.
+        embedded: whether the sequences are ``[batch, sequence, width]``: their width is none of the sizes, and each may have a
+            length of its own.
     """
     return [
         _automatic(leaf, length, inside, embedded) if isinstance(leaf, Tensor) and leaf.dim() else None
@@ -83,8 +84,10 @@ def _automatic(leaf: Tensor, length: int | None, cached: bool, embedded: bool) -
     if tokens:
         dims.add(1)
     if length is not None and length > 1:
-        last = 2 if embedded and leaf.dim() == 3 and leaf.is_floating_point() else leaf.dim()
-        dims.update(dim for dim in range(1, last) if leaf.shape[dim] == length)
+        if embedded and leaf.dim() == 3 and leaf.is_floating_point():
+            dims.update({1} if leaf.shape[1] > 2 else ())
+        else:
+            dims.update(dim for dim in range(1, leaf.dim()) if leaf.shape[dim] == length)
     if cached and (leaf.dim() == 4 or (leaf.dim() == 3 and leaf.is_floating_point())):  # a cache, the states of an encoder
         dims.add(leaf.dim() - 2)
     return dict.fromkeys(sorted(dims), torch.export.Dim.AUTO)

@@ -24,7 +24,18 @@ from torch import Tensor, fx
 
 from .claims import Claim
 from .errors import ClaimBroken
-from .evidence import FORWARD, GRADIENT, ROUNDING, Evidence, errors_against, floating, magnitude, relative_error
+from .evidence import (
+    AMPLIFIED,
+    FORWARD,
+    GRADIENT,
+    ROUNDING,
+    Evidence,
+    by_a_rounding,
+    errors_against,
+    floating,
+    magnitude,
+    relative_error,
+)
 from .gradients import compare_gradients
 from .interpret import interpret
 from .program import Program, line, place, source_of
@@ -172,22 +183,18 @@ def _compare(
 
 
 def _conditioning(program: Program, sample: Sample, outputs: tuple[Any, ...]) -> float:
-    """How far the original's own outputs move when every weight moves by one float64 rounding, times a safety of 32.
+    """How far the original's own outputs move when every weight moves by one float64 rounding, times a safety.
 
     Asked only when the plain tolerance fails: a program that amplifies one rounding beyond it cannot be held to it.
     """
     generator = torch.Generator().manual_seed(0)
 
     def jittered(name: str) -> Tensor:
-        weight = program.weights.value(name, torch.float64)
-        if not weight.is_floating_point():
-            return weight
-        signs = torch.randint(0, 2, weight.shape, generator=generator).to(weight) * 2 - 1
-        return weight * (1 + signs * 2.0**-52)
+        return by_a_rounding(program.weights.value(name, torch.float64), generator)
 
     moved = interpret(program, sample.inputs, dtype=torch.float64, weight=jittered, noise=False)
     moved_by = max(map(relative_error, moved, outputs), default=0.0)
-    return 32 * moved_by if math.isfinite(moved_by) else 0.0
+    return AMPLIFIED * moved_by if math.isfinite(moved_by) else 0.0
 
 
 def allowed(original: float, dtype: torch.dtype) -> float:

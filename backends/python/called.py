@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from tautomer.rewrite.errors import ExportError
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.shapes import key, static
 
@@ -171,6 +172,25 @@ class Called:
     def returned(self, value: Any) -> str:
         """The expression that is returned; ``value`` gives the text of a leaf."""
         return self._built(self.spec, iter([value(x) for x in self.leaves]), True)
+
+    def size(self, node: fx.Node) -> str:
+        """How a size that is returned is read off an input.
+
+        Raises:
+            ExportError: it is no size of an input.
+        """
+        value = node.meta.get("val")
+        if (fixed := static(value)) is not None:
+            return repr(fixed)
+        for given in self.placeholders:
+            shape = given.meta["val"].shape if isinstance(given.meta.get("val"), Tensor) else ()
+            for axis, size in enumerate(shape):
+                if key(size) == key(value):
+                    return f"{self.given[given]}.shape[{axis}]"
+        raise ExportError(
+            f"{self.program.name} returns the size {value}, which is computed from others and has no Python text",
+            hint="return the tensor, and take the size of that",
+        )
 
     def _built(self, tree: Plain, leaves: Iterator[str], top: bool = False) -> str:
         if tree is None:

@@ -134,7 +134,9 @@ class Text:
         shown = {**names.names, **_last(function, names)}
 
         def value(x: Any) -> str:
-            return repr(x) if not isinstance(x, fx.Node) else shown[x] if x in shown else self.called.given[x]
+            if not isinstance(x, fx.Node):
+                return repr(x)
+            return shown.get(x) or self.called.given.get(x) or self.called.size(x)
 
         return f"return {self.called.returned(value)}"
 

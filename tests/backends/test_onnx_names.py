@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import onnx
 import pytest
@@ -75,6 +76,20 @@ def test_nested_inputs_are_named_by_their_path(tmp_path):
     batch = {"x": torch.randn(2, 4), "more": [torch.randn(2, 4)]}
     inputs, outputs, _ = names_of(Model(), (batch,), tmp_path)
     assert inputs == ["batch_x", "batch_more_0"] and outputs == ["output_0", "output_1"]
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_named_tuples_are_named_by_their_fields(tmp_path):
+    class Model(nn.Module):
+        def forward(self, pair, x):
+            return Pair(pair.first + x, {"rest": pair.second * x})
+
+    inputs, outputs, _ = names_of(Model(), (Pair(torch.randn(2, 4), torch.randn(2, 4)), torch.randn(2, 4)), tmp_path)
+    assert inputs == ["pair_first", "pair_second", "x"] and outputs == ["first", "second_rest"]
 
 
 class Layer:

@@ -452,6 +452,17 @@ def test_sizes_that_were_not_captured_are_refused(tmp_path: Path) -> None:
     bits(package.load()(torch.zeros(7, 4)), torch.ones(7, 4))
 
 
+def test_a_size_that_is_returned_is_read_off_an_input(tmp_path: Path) -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor, double: bool = False) -> tuple[Tensor, int, int]:
+            return x + 1, x.shape[0] * (1 + double), x.shape[1]
+
+    text, package = written(capture(Sized(), (x8(3),)), tmp_path)
+    assert "x.shape[0]" in text and package.load()(x8(5))[1:] == (5, 8)
+    with pytest.raises(ExportError, match="computed from others"):
+        written(capture(Sized(), (x8(3), True)), tmp_path)
+
+
 def test_static_sizes_stay(tmp_path: Path) -> None:
     _, package = written(capture(nn.Linear(8, 8), (x8(3),), dynamic_shapes="static"), tmp_path)
     with pytest.raises(ValueError, match=r"must have shape \[3, 8\]"):

@@ -256,7 +256,10 @@ def test_a_view_as_a_weight_does_not_read_it():
         calls(lambda m, x: (m.w * 2).flatten().view_as(m.w) + x.mean() + (m.w * 3).flatten().reshape_as(m.w)).count("reshape")
         == 2
     )
-    assert calls(lambda m, x: x.flatten().view_as(x.relu())) == ["flatten", "relu", "view_as"], "a free size stays"
+    assert calls(lambda m, x: x.flatten(0, 1).view_as(x.relu())) == ["flatten", "relu", "view_as"], "two free sizes stay"
+    assert calls(lambda m, x: x.mean(1).flatten().view_as(x.amax(1))) == ["mean", "flatten", "reshape"], (
+        "one follows from the rest"
+    )
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,17 @@ def test_a_mask_of_positions_goes_with_the_length():
     torch.testing.assert_close(answers(program, x, mask), model(x, mask).detach())
 
 
+def test_every_sequence_of_numbers_has_a_length_of_its_own():
+    class Across(nn.Module):
+        def forward(self, x, y):
+            return (y @ x.transpose(1, 2)).softmax(-1) @ x
+
+    program = capture(Across(), (torch.randn(2, 6, 8), torch.randn(2, 5, 8)))
+    x, y = torch.randn(3, 4, 8), torch.randn(3, 9, 8)
+    assert program.notes == []
+    torch.testing.assert_close(answers(program, x, y), Across()(x, y))
+
+
 def test_images_have_a_free_batch_alone():
     program = capture(nn.Conv2d(3, 4, 3), (torch.randn(2, 3, 9, 9),))
     assert program.notes == [] and program.placeholders[0].meta["val"].shape[1:] == (3, 9, 9)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tautomer.rewrite.capture import capture
@@ -111,6 +111,42 @@ def test_a_gradient_that_is_cut_is_caught_only_where_the_claim_speaks_of_it() ->
     assert check_program(old, new, FORWARD).gradient is None
     with pytest.raises(ClaimBroken, match="gradients"):
         check_program(old, new, ALGEBRAIC)
+
+
+class Sharp(nn.Module):
+    """Scores so large that one rounding of a weight moves the softmax, and its gradient, by a millionth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        nn.init.ones_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * 3e9).softmax(-1) * x
+
+
+def in_two_steps(program: Program) -> fx.Node:
+    """c y = (c / 3) (3 y), which rounds elsewhere; the second product."""
+    product = call(program, aten.mul.Tensor, 0)
+    with program.graph.inserting_before(product):
+        first = program.graph.call_function(aten.mul.Tensor, (product.args[0], 3.0))
+    first.meta.update(product.meta)
+    product.args = (first, 1e9)
+    return product
+
+
+def test_gradients_that_amplify_a_rounding_are_held_to_what_they_amplify() -> None:
+    torch.manual_seed(0)
+    old = capture(Sharp().eval(), (1e-9 * torch.randn(3, 5, D),))
+    right, wrong = old.copy(), old.copy()
+    in_two_steps(right)
+    evidence = check_program(old, right, ALGEBRAIC)
+    assert evidence.gradient is not None and evidence.gradient <= 1e-10
+    assert any("one float64 rounding" in note for note in evidence.notes)
+    product = in_two_steps(wrong)
+    product.args = (product.args[0], 1.001e9)
+    with pytest.raises(ClaimBroken):
+        check_program(old, wrong, ALGEBRAIC)
 
 
 def test_a_relation_that_does_not_hold_is_named() -> None:
