@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from zoo.models import randomize
 
 import tautomer
-from tautomer.passes.memory.plan_memory import Planner, PlanMemory
+from tautomer.passes.memory.plan_memory import PlanMemory
 from tautomer.passes.recipes import Finetune
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.pass_base import Context
