@@ -59,4 +59,7 @@ def test_embeddings_are_kept_exactly_and_nearly_with_a_low_rank() -> None:
 
     blocks = [f"model.encoder.layer.{i}" for i in (3, 4)]
     thin = tautomer.optimize(program, recipe=tautomer.Compress(0.8), data=data, only=blocks)
-    assert cosines(thin).mean() > 0.98
+    left = sum(p.numel() for p in thin.parameters()) / sum(p.numel() for p in model.parameters())
+    assert thin.report.fired("factor-linears") >= 6 and left < 0.99
+    near = cosines(thin)  # 0.988 and 0.972 when this was written; without data 0.88 and 0.84
+    assert near.mean() > 0.98 and near.min() > 0.95
