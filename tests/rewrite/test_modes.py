@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import tautomer.rewrite.capture as capturing
 from tautomer.rewrite.capture import capture
+from tautomer.rewrite.errors import CaptureError, UsageError
 from tautomer.rewrite.interpret import interpret
 
 aten = torch.ops.aten
@@ -130,3 +132,36 @@ def test_an_output_of_another_structure_in_the_other_mode():
     program = capture(Auxiliary().eval(), (torch.ones(2, 3),), mode="train")
     first, second = program.signature.unflatten(interpret(program, [torch.ones(2, 3)]))
     assert torch.equal(second, 2 * first)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "flags"),
+    [(plain().eval(), "both", 0), (dropping().eval(), "eval", 0), (dropping().train(), "both", 1), (plain().train(), "both", 0)],
+)
+def test_the_widest_mode_takes_two_exports_whatever_it_is(model, mode, flags, monkeypatch) -> None:
+    made, x = list[bool](), (torch.randn(3, 4),)
+    wanted, export = capture(model, x, mode=mode), capturing.export
+    monkeypatch.setattr(capturing, "export", lambda m, *args, **kwargs: made.append(m.training) or export(m, *args, **kwargs))
+    program = capture(model, x, mode="widest")
+    assert made == [True, False] and (program.mode, len(program.training)) == (mode, flags)
+    assert str(program.graph) == str(wanted.graph) and program.notes == wanted.notes
+
+
+def test_the_widest_mode_of_what_cannot_be_captured_in_both() -> None:
+    class Decides(nn.Module):
+        def forward(self, x):
+            return x + 1 if not self.training or x.sum() > 0 else x
+
+    assert capture(Decides().eval(), (torch.ones(2, 3),), mode="widest").mode == "eval"
+    with pytest.raises(CaptureError):
+        capture(Decides().train(), (torch.ones(2, 3),), mode="widest")
+    with pytest.raises(UsageError, match="in training mode and has batch normalisation"):
+        capture(nn.Sequential(Decides(), nn.BatchNorm1d(3)).train(), (torch.ones(2, 3),), mode="widest")

@@ -108,6 +108,23 @@ def test_quick_export_gives_what_an_export_gives(monkeypatch):
     assert graph()[1:] == plain[1:]  # and torch is as it was
 
 
+def test_what_a_fake_mode_does_not_remember_it_does_not_remember_in_a_quick_export_either():
+    """A tensor of zeros without memory has a dispatch key that a tensor of its shape has not."""
+
+    def asked():
+        _torch.FakeTensorMode.cache_clear()
+        with _torch.FakeTensorMode():
+            x = torch.empty(3, 4)
+            for _ in range(3):
+                (x * 2).t(), torch._efficientzerotensor([2, 3]) * 1
+        return _torch.FakeTensorMode.cache_info()
+
+    plain = asked()
+    with _torch.quick_export():
+        assert [asked(), asked()] == [plain, plain]
+    assert plain.bypasses["dispatch_key_set mismatch"] == 6 and plain.hits and plain.misses
+
+
 def test_the_dispatcher_is_walked_once_for_a_file(monkeypatch):
     from torch._export import utils
 
