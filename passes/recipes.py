@@ -283,7 +283,7 @@ class Finetune(Recipe):
             budget, where it computes less again.
         autocast: the dtype of the autocast that training runs under, if it does: it decides what is kept, and in which dtype.
         budget: what the backward may keep at the sizes of the example, as a fraction of what it keeps of the captured model (a
-            float) or in bytes (an int). Little is computed again for it (docs/memory.md); blocks may be checkpointed.
+            float) or in bytes (an int). The least is computed again for it (docs/memory.md); blocks may be checkpointed.
         eight_bits: whether linear layers may keep inputs in eight bits, where nothing exact keeps less; with ``exact=False``.
     """
 

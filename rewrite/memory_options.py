@@ -106,7 +106,8 @@ class Options:
                 yield (place, 1), [[[needs], *(step for _, step in sorted(steps, key=lambda s: s[0]))], [[self._again(unit)]]]
             else:
                 yield (-1, 1), [[[needs]]]
-                yield from (((place, 1), [[step]]) for place, step in steps)
+                for place, step in steps:
+                    yield (place, 1), [[step]]
 
     def _place(self, call: str) -> int:
         return self.order.get(call, -1)

@@ -213,11 +213,12 @@ def gaining(saved: SavedTensors, editor: Editor, value: fx.Node, sources: Sequen
 def require_gain(saved: SavedTensors, editor: Editor, value: fx.Node, source: Source, layers: Sequence[fx.Node]) -> None:
     """Refuse where ``value`` stays, or what it is computed from would come in its place."""
     names = {layer.name for layer in layers}
-    require(saved.freed(names), f"{stays(saved, value, names)}: computing it again would free nothing")
+    goes, comes = saved.freed(names), 0
+    require(goes, f"{stays(saved, value, names)}: computing it again would free nothing")
     for x in source.tensors:
-        kept = saved.at.get(x.name)
-        if not editor.constant(x) and (kept is None or names.issuperset(kept.needed_by)):
-            raise Refused(f"{target_name(x)} '{x.name}', which it is computed from, is not kept: it would be, in its place")
+        comes += sum(t.bytes for t in saved.values.get(x.name, ()) if names.issuperset(t.needed_by))
+        in_place = f"{target_name(x)} '{x.name}', which it is computed from, is not kept: it would be, in its place"
+        require(goes > comes, in_place)
 
 
 def stays(saved: SavedTensors, value: fx.Node, names: Collection[str]) -> str:

@@ -147,3 +147,9 @@ def test_a_budget_is_met_in_place(observed: Any) -> None:
     assert {block.choice for block in plan.blocks} >= {"checkpoint"}
     assert observed(model, X) == plan.after <= plan.budget == observed(original, X) // 2
     _require_the_same(model, original)
+    free = tautomer.optimize(copy.deepcopy(original), (X,), recipe=tautomer.Finetune(budget=0.5), check=False).report.plan
+    (note,) = [note.text for note in done.report.notes if note.rewrite == "plan-memory"]
+    assert "no option here: recompute-inputs at" in note and free.flops < plan.flops
+    assert note.endswith(
+        f"compute {free.flops:,} FLOPs again and keep {free.after:,} bytes, not {plan.flops:,} and {plan.after:,}"
+    )

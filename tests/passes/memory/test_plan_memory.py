@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 from zoo.models import randomize
 
 import tautomer
-from tautomer.passes.memory.plan_memory import PlanMemory
+from tautomer.passes.memory.plan_memory import PlanMemory, Planner
 from tautomer.passes.recipes import Finetune
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.memory_options import Choice
 from tautomer.rewrite.pass_base import Context
 from tautomer.rewrite.pipeline import run_passes
 from tautomer.rewrite.program import Program
@@ -124,28 +126,51 @@ def pair() -> tuple[nn.Module, Program]:
     return model, tautomer.capture(copy.deepcopy(model), (X,), mode="both")
 
 
-def units_of(program: Program) -> Units:
-    program = program.copy()
-    passes = Finetune(budget=0.5).passes()
+class PostNorm(nn.Module):
+    """The norm that ends it is what the next one reads: an effect on both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 24), nn.Linear(24, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(x + self.down(F.gelu(self.up(x))))
+        return result
+
+
+def planner_of(model: nn.Module, **options: Any) -> Planner:
+    program = tautomer.capture(model.train(), (X,), mode="both")
+    passes = Finetune(budget=0.5, **options).passes()
     (plan,) = [p for p in passes if isinstance(p, PlanMemory)]
     run_passes(passes[: passes.index(plan)], program, check=False)
-    return Units(program, plan.rewrites, None, Context())
+    return Planner(program, plan.rewrites, plan.autocast, Context())
 
 
-def test_no_other_choice_within_the_budget_computes_less_again(pair: Any) -> None:
-    planner = units_of(pair[1]).budget
-    assert sum(len(options) > 2 for options in planner.options) == 3, "every block has several"
-    planner.options = [[options[0], *options[-2:]][-len(options) :] for options in planner.options]
-    ways = [[way for _, way in options] for options in planner.options]
-    every = {choice: planner.tried(choice).saved for choice in itertools.product(*ways)}
-    sizes = sorted({saved.bytes for saved in every.values()})
-    for choice, saved in every.items():
-        cost = sum(option.cost for options, way in zip(planner.options, choice, strict=True) for option, w in options if w == way)
-        assert planner.base + cost == saved.bytes, "the parts add up"
+PAIRS: dict[str, Callable[[], nn.Module]] = {
+    "pre-norm": lambda: nn.Sequential(nn.Linear(8, 8), Block(8, 16), Block(8, 40), nn.Linear(8, 3)),
+    "post-norm": lambda: nn.Sequential(nn.LayerNorm(8), PostNorm(), PostNorm(), nn.Linear(8, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_no_other_choice_within_the_budget_computes_less_again(name: str) -> None:
+    planner = planner_of(PAIRS[name]())
+    found, again = planner.effects.found, sorted(planner.options.again)
+    assert len(found) >= 4 and len(again) == 2 and bool(planner.options.wide) == (name == "post-norm")
+    every = dict[Choice, tuple[int, int]]()
+    for flags in itertools.product([False, True], repeat=len(found) + 2):
+        chosen = frozenset(index for index in range(len(found)) if flags[index])
+        choice = Choice(chosen, frozenset(itertools.compress(again, flags[len(found) :])))
+        saved = planner.tried(choice).saved
+        every[choice] = (saved.bytes, saved.recomputed)
+        if not any(planner.options.units_of(index) & choice.again for index in chosen):
+            assert planner.options.outcome(choice) == every[choice], "what was found of the parts holds of the whole"
+    sizes = sorted({size for size, _ in every.values()})
     for budget in (*sizes, sizes[0] + 1, sizes[-1] + 1000):
-        best = min(saved.recomputed for saved in every.values() if saved.bytes <= budget)
-        chosen = planner.best(budget)
-        assert chosen is not None and every[chosen].bytes <= budget and every[chosen].recomputed == best
+        least = min(flops for size, flops in every.values() if size <= budget)
+        best = planner.best(budget)
+        assert best is not None and best[1].saved.bytes <= budget and best[1].saved.recomputed == least
+    assert planner.best(sizes[0] - 1) is None
 
 
 def test_blocks_are_chosen_one_by_one_and_the_report_says_what(pair: Any) -> None:
