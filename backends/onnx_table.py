@@ -3,6 +3,7 @@
     rms_norm(x, [d])          ->  RMSNormalization(x, ones[d])                since opset 23
     attention(q, k, v)        ->  Attention(q, k, v)                          since opset 23
     sort(x, stable)           ->  TopK(x, all of them)                        of everything
+    grouped_mm(x, W, ends)    ->  a MatMul for each expert                    of transformers' mixtures
     add_layer_norm(x, r)      ->  LayerNormalization(Sum(x, r))               CPU
     add_layer_norm(x, r)      ->  SkipLayerNormalization(x, r)                CUDA
     add_rms_norm(x, r)        ->  SkipSimplifiedLayerNormalization(x, r)      CUDA
@@ -150,6 +151,26 @@ def stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: b
     axis = dim % len(x.shape)
     values, places = opset18.TopK(x, opset18.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
     return values, places
+
+
+def grouped_mm(input: Any, weight: Any, offs: Any) -> Any:
+    """``transformers.grouped_mm_fallback`` as one MatMul per expert: rows offs[e-1] to offs[e] of input times weight[e]."""
+    experts = weight.shape[0]
+    zero, one = opset18.Constant(value_ints=[0]), opset18.Constant(value_int=1)
+    ends = opset18.Concat(zero, opset18.Cast(offs, to=onnx_ir.DataType.INT64.value), axis=0)
+    parts = []
+    for expert in range(experts):
+        start, end = (opset18.Gather(ends, opset18.Constant(value_int=i)) for i in (expert, expert + 1))
+        # Not a Slice: the optimizer compares every two of them.
+        rows = opset18.Gather(input, opset18.Range(start, end, one), axis=0)
+        parts.append(opset18.MatMul(rows, opset18.Gather(weight, opset18.Constant(value_int=expert), axis=0)))
+    return opset18.Concat(*parts, axis=0)
+
+
+def of_others() -> dict[Callable[..., Any], Translation]:
+    """The translations of operators that other libraries have registered by now, and that torch knows nothing of."""
+    ours = torch.ops.transformers
+    return {ours.grouped_mm_fallback.default: grouped_mm} if hasattr(ours, "grouped_mm_fallback") else {}
 
 
 def add_layer_norm(

@@ -33,7 +33,7 @@ from .files import free_axes, staged, writable
 from .liger import FORWARD
 from .onnx_check import PROVIDERS, Reference, compare, first_difference, tensor_outputs, tolerance
 from .onnx_names import moved_counts, name_sizes, name_weights, named, rename, unsaid
-from .onnx_table import table
+from .onnx_table import of_others, table
 from .to_torch import to_torch
 
 OPSETS = range(18, 25)
@@ -118,7 +118,7 @@ def to_onnx(
     if dynamic:
         refuse_unrolled(program)
     module = _flat(program)
-    onnx_program = _translate(program, module, table(opset, provider), opset, dynamic)
+    onnx_program = _translate(program, module, table(opset, provider) | of_others(), opset, dynamic)
     model = onnx_program.model
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     name_weights(model, dict(module.named_parameters(remove_duplicate=False)))
@@ -219,10 +219,30 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
 
 
 def _referred(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """``exported`` with what stands for every op that has its own gradient: a file has none, and no name for it."""
+    """``exported`` with what stands for every op that has its own gradient: a file has none, and no name for it.
+
+    So it is for the views of complex numbers that the exporter does not know.
+    """
     present = {node.target for node in exported.graph.nodes}
     bodies = {op.overload: op.reference or op.body for op in (*LEAN, FORWARD) if op.overload in present}
+    if any(isinstance(x := node.meta.get("val"), Tensor) and x.is_complex() for node in exported.graph.nodes):
+        bodies |= {op: _of_pairs(op) for op in _VIEWS if op in present}
     return exported.run_decompositions(bodies) if bodies else exported
+
+
+_VIEWS = (torch.ops.aten.unsqueeze.default, torch.ops.aten.select.int)
+
+
+def _of_pairs(view: Any) -> Any:
+    """``view`` of complex numbers as one of their real and imaginary parts, which are the last axis; of others itself."""
+
+    def body(x: Tensor, dim: int, *rest: Any) -> Any:
+        if not x.is_complex():
+            return NotImplemented
+        axes = x.dim() + (view is torch.ops.aten.unsqueeze.default)
+        return torch.view_as_complex(view(torch.view_as_real(x), dim % axes, *rest))
+
+    return body
 
 
 @contextlib.contextmanager

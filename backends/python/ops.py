@@ -366,6 +366,14 @@ def _batch_norm(node: fx.Node, given: Given, spell: Spell) -> Code | None:
     return call("F.batch_norm", *(spell(given[name]) for name in ("input", "running_mean", "running_var")), **options)
 
 
+def _instance_norm(node: fx.Node, given: Given, spell: Spell) -> Code | None:
+    names = ("running_mean", "running_var", "weight", "bias")
+    options = {name: spell(given[name]) for name in names if given[name] is not None}
+    options["use_input_stats"] = spell(given["use_input_stats"])
+    options |= {name: spell(given[name], name) for name in ("momentum", "eps")}
+    return call("F.instance_norm", spell(given["input"]), **options)
+
+
 def _embedding(node: fx.Node, given: Given, spell: Spell) -> Code | None:
     if given["scale_grad_by_freq"] or given["sparse"]:
         return None
@@ -491,6 +499,7 @@ _SPELLINGS: dict[str, Spelling] = {
     "to": _to, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "scaled_dot_product_attention": _attention, "dropout": _dropout,
     "layer_norm": _norm("layer_norm"), "rms_norm": _norm("rms_norm"), "group_norm": _group_norm, "batch_norm": _batch_norm,
+    "instance_norm": _instance_norm,
     "embedding": _embedding, "linear": _linear, "conv1d": _conv("conv1d"), "conv2d": _conv("conv2d"), "conv3d": _conv("conv3d"),
     "conv_transpose1d": _conv("conv_transpose1d"), "conv_transpose2d": _conv("conv_transpose2d"),
     "conv_transpose3d": _conv("conv_transpose3d"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 
 import numpy
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tautomer.backends.onnx_table import table
+from tautomer.backends.onnx_table import of_others, table
 from tautomer.rewrite.library import tautomer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter, of torch's own
@@ -25,7 +26,8 @@ def run(function, *inputs, opset=23, provider="cpu"):
             return function(*xs)
 
     exported = torch.export.export(Call(), inputs)
-    program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, custom_translation_table=table(opset, provider),
+    rows = table(opset, provider) | of_others()
+    program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, custom_translation_table=rows,
                                 optimize=False, verbose=False)  # fmt: skip
     onnxscript.optimizer.optimize(program.model)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -220,3 +222,12 @@ def runtime_kinds(model, folder):
     options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
     onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     return kinds(onnx_ir.load(folder / "optimized.onnx"))
+
+
+def test_experts_are_one_product_each():
+    importlib.import_module("transformers.integrations.moe")  # registers the operator
+    grouped = torch.ops.transformers.grouped_mm_fallback
+    x, weight, ends = torch.randn(7, 4), torch.randn(4, 4, 6), torch.tensor([3, 3, 6, 7], dtype=torch.int32)
+    model, found = run(grouped, x, weight, ends)
+    assert [node.op_type for node in model.graph].count("MatMul") == 4
+    torch.testing.assert_close(found, grouped(x, weight, ends))

@@ -219,6 +219,23 @@ def test_nothing_is_printed(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+class Turned(nn.Module):
+    """Rotary embedding by complex numbers; what else they are is known to the exporter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turns", torch.polar(torch.ones(2, 16, 4), torch.rand(2, 16, 4)))
+
+    def forward(self, x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
+        return torch.view_as_real(pairs * self.turns[1, : x.shape[1]].unsqueeze(-3)).flatten(-2) + x.unsqueeze(0)[0]
+
+
+def test_complex_numbers_inside_are_pairs_of_real_ones(tmp_path):
+    report = to_onnx(capture(Turned().eval(), (X,)), tmp_path / "turned.onnx")
+    assert report.error is not None and report.error <= 1e-5 and report.sizes[1].startswith("x[1, ")
+
+
 @pytest.mark.parametrize(("function", "x"), [(torch.fft.fft, X), (torch.real, X.to(torch.complex64))])
 def test_complex_numbers_at_the_border_are_said_before_any_work(function, x, tmp_path, monkeypatch):
     class Spectral(nn.Module):
