@@ -279,6 +279,18 @@ class Stateful(nn.Module):
         return h
 
 
+class Scaling(nn.Module):
+    """It makes a tensor of a number, as DeBERTa does to scale its scores: a constant that no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.up(x)
+        return 0.5 * h * (1 + torch.erf(h / math.sqrt(2))) / torch.sqrt(torch.tensor(8.0, dtype=x.dtype))
+
+
 class Recurrent(nn.Module):
     """A loop over time: its graph is for one length."""
 
@@ -315,6 +327,7 @@ def replaced() -> nn.Module:
     [
         (Counting, {"dynamic_shapes": "auto"}, "Counting keeps its forward: its forward changes self.block.seen"),
         (Stateful, {}, "Stateful keeps its forward: its forward writes memory"),
+        (Scaling, {}, "Scaling keeps its forward: it reads 'lifted_tensor_0', which is no parameter or buffer of the block"),
         (replaced, {}, "Block keeps its forward: its forward is replaced on the instance"),
         (Block, {"skip": ["block"]}, None),
     ],
