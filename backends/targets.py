@@ -47,15 +47,15 @@ _SUM_AND_NORM = {
 }  # fmt: skip
 """What one op for a residual sum and the norm that reads it is worth on ONNX Runtime 1.31, one CPU thread."""
 _APART = Gain(
-    False, 96.0, 98.0,
-    "ONNX Runtime makes one SkipLayerNormalization of a float32 sum that nothing else reads, and leaves others apart: in "
-    "float16 96 µs with an Add and 98 µs with a Sum at [1, 128, 768], recorded",
+    False, 122.0, 123.0,
+    "ONNX Runtime makes one SkipLayerNormalization of a float32 sum that nothing else reads, and leaves others apart: two in "
+    "float16 take 122 µs as they are and 123 µs rewritten at [1, 128, 768], recorded",
 )  # fmt: skip
 _UNTRIED = Gain(True, None, None, "one kernel for a residual sum and the norm that reads it; it was never measured here")
 PACKED = ("split-heads", "move-transpose", "pack-attention", "pack-cached-attention")
-_RECORDED_ATTENTIONS = {torch.float32: (992.0, 863.0), torch.float16: (438.0, 653.0), torch.float64: (2124.0, 2032.0)}
-"""µs of one Attention with transpositions and one on packed heads at [1, 128, 768], causal in float32: what the CPU has a kernel
-for, and float64 as ONNX Runtime 1.31 decomposes it. In float16 it takes 1.5 times as long at [8, 197, 768] too."""
+_RECORDED_ATTENTIONS = {torch.float32: (992.0, 863.0), torch.float16: (384.0, 602.0), torch.float64: (2072.0, 2067.0)}
+"""µs of one Attention with transpositions and one on packed heads at [1, 128, 768] on ONNX Runtime 1.31, one CPU thread, as
+benchmarks/onnx_runtime.py prints; causal in float32."""
 _LIGER = Gain(True, None, None, "one kernel of Liger instead of a sum and an RMSNorm; it was never measured here")
 _LAYER_NORM = torch.ops.aten.layer_norm.default
 _RMS_NORM = torch.ops.aten.rms_norm.default
@@ -285,7 +285,7 @@ def packed_attention(program: Program) -> Gain | None:
     before, after = _RECORDED_ATTENTIONS[dtype]
     forms = f"an Attention with transpositions takes {before:.0f} µs and one on packed heads {after:.0f} µs"
     where = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
-    return Gain(after <= before, before, after, f"{forms} at [1, 128, 768]{where}, recorded")
+    return Gain(_NOISE * after <= before, before, after, f"{forms} at [1, 128, 768]{where}, recorded")
 
 
 def commonest_norm(program: Program) -> Norms | None:

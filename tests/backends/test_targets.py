@@ -183,7 +183,7 @@ def test_a_sum_is_fused_where_onnx_runtime_would_merge_it(pre, dtype, pays):
     assert gain is not None and gain.pays is pays and gain.before_us and gain.after_us
 
 
-@pytest.mark.parametrize(("dtype", "pays"), [(torch.float32, True), (torch.float16, False), (torch.float64, True)])
+@pytest.mark.parametrize(("dtype", "pays"), [(torch.float32, True), (torch.float16, False), (torch.float64, False)])
 def test_heads_are_packed_in_the_dtypes_where_that_was_faster(dtype, pays):
     class Attention(nn.Module):
         def forward(self, x):
@@ -191,5 +191,5 @@ def test_heads_are_packed_in_the_dtypes_where_that_was_faster(dtype, pays):
 
     captured = capture(Attention().eval(), (X[None].to(dtype),))
     gain = resolve("onnxruntime").gain("pack-attention", captured)
-    assert gain is not None and gain.pays is pays is (gain.after_us <= gain.before_us)
+    assert gain is not None and gain.pays is pays is (1.05 * gain.after_us <= gain.before_us)
     assert resolve("onnxruntime").gain("pack-attention", capture(Attention().eval(), (X[None].bfloat16(),))) is None
