@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from tautomer.rewrite._torch import pytree, unlifted_module
-from tautomer.rewrite.errors import ExportError
+from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.evidence import relative_error
 from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import Program, target_name
@@ -118,6 +118,13 @@ def first_difference(onnx_program: Any, values: Mapping[str, Any], file: Path, p
 
 def _shapes(flat: Sequence[Any]) -> list[torch.Size]:
     return [x.shape for x in _tensors(flat)]
+
+
+def require_provider(provider: str) -> None:
+    """Refuse a provider that the ONNX Runtime of this machine was built without."""
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        hint = "pip install onnxruntime-gpu; export_onnx(…, check=False) writes the file without running it"
+        raise UsageError(f"this ONNX Runtime has no {PROVIDERS[provider]}", hint=hint)
 
 
 def open_session(file: Path, provider: str, threads: int | None = None, *, hint: str | None = None) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.measure import measure, rounds_within
@@ -29,12 +29,12 @@ from tautomer.rewrite.samples import example_sizes, number
 from tautomer.rewrite.target import Compiled, Gain, Target
 
 from . import liger
-from .onnx_check import open_session
+from .onnx_check import open_session, require_provider
 from .to_onnx import to_onnx
 from .to_torch import to_torch
 
 NORM, MERGE = "layer-norm-to-rms-norm", "merge-parallel-linears"
-FUSED = {
+_SUM_AND_NORM = {
     "fuse-add-layer-norm": Gain(
         True, 495.0, 73.0,
         "ONNX Runtime makes one SkipLayerNormalization of an Add and a LayerNormalization, 495 µs at [1, 128, 768], and leaves a "
@@ -46,10 +46,16 @@ FUSED = {
     ),
 }  # fmt: skip
 """What one op for a residual sum and the norm that reads it is worth on ONNX Runtime 1.31, one CPU thread."""
+_APART = Gain(
+    False, 122.0, 123.0,
+    "ONNX Runtime makes one SkipLayerNormalization of a float32 sum that nothing else reads, and leaves others apart: two in "
+    "float16 take 122 µs as they are and 123 µs rewritten at [1, 128, 768], recorded",
+)  # fmt: skip
+_UNTRIED = Gain(True, None, None, "one kernel for a residual sum and the norm that reads it; it was never measured here")
 PACKED = ("split-heads", "move-transpose", "pack-attention", "pack-cached-attention")
-_PACKED = Gain(
-    True, 992.0, 863.0, "an Attention with transpositions takes 992 µs and one on packed heads 863 µs at [1, 128, 768], recorded"
-)
+_RECORDED_ATTENTIONS = {torch.float32: (992.0, 863.0), torch.float16: (384.0, 602.0), torch.float64: (2072.0, 2067.0)}
+"""µs of one Attention with transpositions and one on packed heads at [1, 128, 768] on ONNX Runtime 1.31, one CPU thread, as
+benchmarks/onnx_runtime.py prints; causal in float32."""
 _LIGER = Gain(True, None, None, "one kernel of Liger instead of a sum and an RMSNorm; it was never measured here")
 _LAYER_NORM = torch.ops.aten.layer_norm.default
 _RMS_NORM = torch.ops.aten.rms_norm.default
@@ -118,7 +124,7 @@ class Eager:
             layers = commonest_layers(program)
             return None if layers is None else measured_layers(layers)
         if pass_name == "fuse-add-rms-norm":
-            return _LIGER if any(liger.represents(*sums) for sums in normalized_sums(program, _RMS_NORM)) else None
+            return _LIGER if any(map(_has_a_kernel, normalized_sums(program, _RMS_NORM))) else None
         norms = commonest_norm(program) if pass_name == NORM else None
         return None if norms is None else measured_norms(norms)
 
@@ -158,6 +164,7 @@ class OnnxRuntime:
 
     def compile(self, program: Program) -> Compiled:
         provider = self.device or "cpu"
+        require_provider(provider)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
             to_onnx(program, file, provider=provider, check=False)
@@ -175,11 +182,11 @@ class OnnxRuntime:
             layers = commonest_layers(program) if self.device == "cpu" else None
             return _UNMEASURED if layers is None else recorded_layers(layers)
         if pass_name in PACKED:
-            return _PACKED if self.device == "cpu" and _attends(program) else None
-        if pass_name in FUSED:
+            return packed_attention(program) if self.device == "cpu" else None
+        if pass_name in _SUM_AND_NORM:
             norm = _LAYER_NORM if pass_name == "fuse-add-layer-norm" else _RMS_NORM
-            sums = any(normalized_sums(program, norm))
-            return fused_sum(pass_name, on_cpu=self.device == "cpu") if sums else None
+            sums = [total for total, _ in normalized_sums(program, norm)]
+            return fused_sum(pass_name, sums, on_cpu=self.device == "cpu") if sums else None
         norms = commonest_norm(program) if pass_name == NORM else None
         return recorded_norms(norms) if norms is not None and self.device == "cpu" else None
 
@@ -246,22 +253,39 @@ def recorded_norms(norms: Norms) -> Gain:
     return Gain(after <= before, before, after, note)
 
 
-def fused_sum(pass_name: str, *, on_cpu: bool) -> Gain:
-    """What one op for a residual sum and the norm that reads it is worth to ONNX Runtime."""
-    never = "one kernel of ONNX Runtime for a residual sum and the norm that reads it; it was never measured here"
-    return FUSED[pass_name] if on_cpu else Gain(True, None, None, never)
+def fused_sum(pass_name: str, sums: Sequence[fx.Node], *, on_cpu: bool) -> Gain:
+    """What one op for these residual sums and the norms that read them is worth to ONNX Runtime."""
+    if not on_cpu:
+        return _UNTRIED
+    merged = any(total.meta["val"].dtype == torch.float32 and len(total.users) == 1 for total in sums)
+    return _SUM_AND_NORM[pass_name] if merged or pass_name == "fuse-add-rms-norm" else _APART
 
 
-def normalized_sums(program: Program, norm: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """For every norm of this kind that reads a sum, the sum and the gain, as metadata."""
+def normalized_sums(program: Program, norm: Any) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """For every norm of this kind that reads a sum, the sum and the gain."""
     for node in program.graph.find_nodes(op="call_function", target=norm):
         total, _, gain, *_ = normal(node)
         if total.target is torch.ops.aten.add.Tensor:
-            yield total.meta["val"], None if gain is None else gain.meta["val"]
+            yield total, gain
 
 
-def _attends(program: Program) -> bool:
-    return program.count(torch.ops.aten.scaled_dot_product_attention.default) > 0
+def _has_a_kernel(sum_and_gain: tuple[fx.Node, fx.Node | None]) -> bool:
+    """Whether Liger has one for a sum and the RMSNorm that reads it."""
+    total, gain = sum_and_gain
+    return liger.represents(total.meta["val"], None if gain is None else gain.meta["val"])
+
+
+def packed_attention(program: Program) -> Gain | None:
+    """What one Attention on packed heads is worth to ONNX Runtime on a CPU in the dtype that most attentions have."""
+    attentions = program.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    dtypes = Counter(node.meta["val"].dtype for node in attentions).most_common(1)
+    if not dtypes or dtypes[0][0] not in _RECORDED_ATTENTIONS:
+        return None
+    dtype = dtypes[0][0]
+    before, after = _RECORDED_ATTENTIONS[dtype]
+    forms = f"an Attention with transpositions takes {before:.0f} µs and one on packed heads {after:.0f} µs"
+    where = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+    return Gain(_NOISE * after <= before, before, after, f"{forms} at [1, 128, 768]{where}, recorded")
 
 
 def commonest_norm(program: Program) -> Norms | None:

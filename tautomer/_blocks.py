@@ -99,7 +99,7 @@ class Blocks:
             parent, leaf = path.rpartition(".")[0], is_leaf(self.model.get_submodule(path))
             if path and (left := Counter({p: n for p, n in left.items() if parent or leaf or p in spanning})):
                 waiting.setdefault(parent, Counter()).update(left)
-            wanted.subtract(places & done)
+            wanted.subtract(wanted & done)  # also what was done besides: in a child that was not worth it, for one
         _settle(outcome.log, self.reasons(), wanted, reasons)
 
     def reasons(self) -> set[str]:

@@ -161,3 +161,35 @@ def test_measuring_leaves_the_users_random_state():
     measured_norms(Norms((4, 8), 1, torch.float32, torch.device("cpu")))
     measured_layers(Layers(4, 8, (8, 8), torch.float32, torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Sums(nn.Module):
+    def __init__(self, pre: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.pre = nn.LayerNorm(16), nn.Linear(16, 16), pre
+
+    def forward(self, x):
+        total = x + self.linear(x)
+        return total + self.linear(self.norm(total)) if self.pre else self.linear(self.norm(total))
+
+
+@pytest.mark.parametrize(
+    ("pre", "dtype", "pays"),
+    [(False, torch.float32, True), (True, torch.float32, False), (False, torch.float16, False), (False, torch.float64, False)],
+)
+def test_a_sum_is_fused_where_onnx_runtime_would_merge_it(pre, dtype, pays):
+    captured = capture(Sums(pre).eval().to(dtype), (X.to(dtype),))
+    gain = resolve("onnxruntime").gain("fuse-add-layer-norm", captured)
+    assert gain is not None and gain.pays is pays and gain.before_us and gain.after_us
+
+
+@pytest.mark.parametrize(("dtype", "pays"), [(torch.float32, True), (torch.float16, False), (torch.float64, False)])
+def test_heads_are_packed_in_the_dtypes_where_that_was_faster(dtype, pays):
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    captured = capture(Attention().eval(), (X[None].to(dtype),))
+    gain = resolve("onnxruntime").gain("pack-attention", captured)
+    assert gain is not None and gain.pays is pays is (1.05 * gain.after_us <= gain.before_us)
+    assert resolve("onnxruntime").gain("pack-attention", capture(Attention().eval(), (X[None].bfloat16(),))) is None

@@ -17,6 +17,7 @@ from zoo.models import ZOO
 
 import tautomer
 from tautomer.backends import to_onnx as module
+from tautomer.backends.targets import resolve
 from tautomer.backends.to_onnx import OnnxReport, refuse_unrolled, to_onnx
 from tautomer.rewrite.capture import capture
 from tautomer.rewrite.errors import ExportError, UsageError
@@ -184,8 +185,12 @@ def test_wrong_arguments_are_said_before_any_work(options, sentence, tmp_path, m
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this machine has CUDA")
 def test_a_provider_that_is_not_installed_is_said(tmp_path):
-    with pytest.raises(UsageError, match="has no CUDAExecutionProvider"):
+    with pytest.raises(UsageError, match=r"(?s)has no CUDAExecutionProvider.*check=False"):
         to_onnx(program(), tmp_path / "net.onnx", provider="cuda")
+    with pytest.raises(UsageError, match="has no CUDAExecutionProvider"):
+        resolve("onnxruntime-cuda").compile(program())
+    report = to_onnx(program(), tmp_path / "net.onnx", provider="cuda", check=False)
+    assert report.error is None and "not run on ONNX Runtime" in str(report) and report.path.exists()
 
 
 def test_a_path_that_cannot_be_written_is_said_before_any_work(tmp_path, monkeypatch):

@@ -233,6 +233,35 @@ def test_an_adapter_in_the_place_of_merged_code_is_called() -> None:
     assert torch.allclose(model(X), original(X), rtol=0, atol=1e-12)
 
 
+class Around(nn.Module):
+    """A block that is worth code of its own, around one that is not: its code would say ``glu`` for what it computes already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.up = Mlp(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.up(self.mlp(x))
+        return 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.silu(self.gate(x)) * self.value(x)
+
+
+def test_what_the_code_around_a_block_does_is_not_refused_in_the_block() -> None:
+    torch.manual_seed(0)
+    model = Wrapping(Around()).double().eval()
+    done = tautomer.optimize_(model, (X,), mode="eval", dynamic_shapes="static")
+    assert done.modules == ("block",) and {"raise-gelu", "raise-glu"} <= {a.rewrite for a in done.report.applications}
+    assert not [refusal for refusal in done.report.refusals if refusal.rewrite == "raise-glu"]
+
+
 class Twice(nn.Module):
     """One block, called twice, the second time in another role."""
 
@@ -279,6 +308,18 @@ class Stateful(nn.Module):
         return h
 
 
+class Scaling(nn.Module):
+    """It makes a tensor of a number, as DeBERTa does to scale its scores: a constant that no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.up(x)
+        return 0.5 * h * (1 + torch.erf(h / math.sqrt(2))) / torch.sqrt(torch.tensor(8.0, dtype=x.dtype))
+
+
 class Recurrent(nn.Module):
     """A loop over time: its graph is for one length."""
 
@@ -315,6 +356,7 @@ def replaced() -> nn.Module:
     [
         (Counting, {"dynamic_shapes": "auto"}, "Counting keeps its forward: its forward changes self.block.seen"),
         (Stateful, {}, "Stateful keeps its forward: its forward writes memory"),
+        (Scaling, {}, "Scaling keeps its forward: it reads 'lifted_tensor_0', which is no parameter or buffer of the block"),
         (replaced, {}, "Block keeps its forward: its forward is replaced on the instance"),
         (Block, {"skip": ["block"]}, None),
     ],
