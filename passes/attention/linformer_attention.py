@@ -46,6 +46,7 @@ class LinformerAttention(LearnedAttention):
     longest: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.slots <= self.longest:
             raise UsageError(f"{self.slots} slots for {self.longest} positions", hint="1 ≤ slots ≤ longest")
 

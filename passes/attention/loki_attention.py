@@ -54,6 +54,7 @@ class LokiAttention(SubstituteAttention):
     gather: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, number in (("keys", self.keys), ("rank", self.rank)):
             if number <= 0 or (number >= 1 and number != int(number)):
                 raise UsageError(f"{name} is {number}", hint="a whole number, or a share below 1")

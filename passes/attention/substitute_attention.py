@@ -26,6 +26,7 @@ from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
 from tautomer.rewrite.masks import Masks
+from tautomer.rewrite.options import check_options, least
 from tautomer.rewrite.pass_base import Context, Pass, identify
 from tautomer.rewrite.program import Program, path_of, source_of
 from tautomer.rewrite.rules import shape
@@ -62,6 +63,10 @@ class SubstituteAttention(Pass):
     _: KW_ONLY
     layers: Sequence[int | str] | int | str | None = None
     budget: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        least(self, budget=0)
 
     def run(self, program: Program, context: Context) -> None:
         found = [Place(identify(self, node), False, source=source_of(node)) for node in attentions(program)]
