@@ -49,7 +49,7 @@ class HyperAttention(SubstituteAttention):
 
     claim = APPROXIMATE("keys that do not hash like a query count through a sample alone")
     paper = "arXiv:2310.05869"
-    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING | Masking.NUMBERS
     block: int = 256
     samples: int = 256
     leaf: int = 512

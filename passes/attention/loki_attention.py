@@ -47,7 +47,7 @@ class LokiAttention(SubstituteAttention):
 
     claim = APPROXIMATE("keys that are not among the best in few dimensions weigh nothing")
     paper = "arXiv:2406.02542"
-    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING | Masking.NUMBERS
     crosses: ClassVar[bool] = True
     keys: float = 0.25
     rank: float = 0.25

@@ -35,7 +35,7 @@ class NystromAttention(SubstituteAttention):
 
     claim = APPROXIMATE("the weights are a product of rank m, and some may be negative")
     paper = "arXiv:2102.03902"
-    represents: ClassVar[Masking] = Masking.PADDING
+    represents: ClassVar[Masking] = Masking.PADDING | Masking.NUMBERS
     landmarks: int = 64
     iterations: int = 6
 

@@ -217,7 +217,7 @@ class SubstituteAttention(Pass):
             else:
                 found = [node for node in nodes if f"{path_of(node)}.".startswith(f"{layer}.")]
             if not found:
-                places = ", ".join(dict.fromkeys(map(path_of, nodes))) or "none"
+                places = ", ".join(filter(None, dict.fromkeys(map(path_of, nodes)))) or "none of its modules"
                 raise UsageError(f"layers: there is no attention {layer!r}", hint=f"{len(nodes)} attentions, at {places}")
             chosen.update(found)
         return [node for node in nodes if node in chosen]
@@ -228,6 +228,7 @@ _BEYOND = {
     Masking.CAUSAL: "it is causal, and {name} lets positions see the future",
     Masking.WINDOW: "its mask is {band}, for which {name} has no place",
     Masking.PADDING: "some keys are padding, for which {name} has no place",
+    Masking.NUMBERS: "numbers are added to its scores key by key; for {name} a key counts or does not: make the mask boolean",
     Masking.BIAS: "a bias of positions is added to its scores, for which {name} has no place",
 }
 

@@ -52,7 +52,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         check_options(self)
-        least(self, steps=1, patience=0)
+        least(self, steps=0, patience=0)
         if not 0 < self.rate < math.inf:
             raise UsageError(f"Transfer: rate is {self.rate!r}", hint="a positive number, 1e-2")
 

@@ -36,7 +36,7 @@ class WindowAttention(SubstituteAttention):
 
     claim = APPROXIMATE("keys outside of the window weigh nothing")
     paper = "arXiv:2004.05150, arXiv:2309.17453"
-    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING | Masking.NUMBERS
     window: int = 256
     sinks: int = 4
 
