@@ -230,7 +230,7 @@ def _hashed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, planes: Tensor, draws
     codes = torch.where(bias > -1e29, _hash(k, planes), 2 ** planes.shape[-1])
     near = codes.sort(dim=-1, stable=True).indices
     k, v, bias = _rows(k, near), _rows(v, near), bias.gather(2, near)
-    many = (bias > -1e29).sum(-1, keepdim=True)  # [batch, h, 1]
+    many = _sum(bias > -1e29).unsqueeze(-1)  # [batch, h, 1]
     blocks, width = (m + block - 1) // block, torch.sym_min(block, m)
     starts = torch.minimum(torch.arange(blocks, device=q.device) * block, (many - width).clamp(min=0))  # [batch, h, blocks]
 
@@ -257,11 +257,21 @@ def _hashed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, planes: Tensor, draws
     far = q @ _rows(k, drawn).unsqueeze(2).mT + weight[:, :, None, None]
     inside = (drawn.unsqueeze(2) >= start) & (drawn.unsqueeze(2) < start + width)  # not to be counted twice
     far = torch.where(inside.unsqueeze(3), -1e30, far)
-    mass = torch.logaddexp(logits.logsumexp(-1), far.logsumexp(-1))
+    mass = torch.logaddexp(_logsumexp(logits), _logsumexp(far))
     y = (logits - mass.unsqueeze(-1)).exp() @ _rows(v, columns).unflatten(2, (rows, width)) + (
         far - mass.unsqueeze(-1)
     ).exp() @ _rows(v, drawn).unsqueeze(2)
     return _rows(y.flatten(2, 3), slot), mass.flatten(2, 3).gather(2, slot)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """x.sum(-1). Where x has no entry, ONNX Runtime leaves the axis as long as it was, of which the first is taken."""
+    return x.sum(-1, keepdim=True)[..., 0]
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """x.logsumexp(-1), as ``_sum``."""
+    return x.logsumexp(-1, keepdim=True)[..., 0]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -272,7 +282,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def _hash(x: Tensor, planes: Tensor) -> Tensor:
     """The place of the signs of x · planes in the reflected Gray code: neighbouring hashes differ in one sign."""
     signs = (x @ planes > 0).long()
-    return (signs.cumsum(-1) % 2 * 2 ** torch.arange(planes.shape[-1], device=x.device).flip(0)).sum(-1)
+    return _sum(signs.cumsum(-1) % 2 * 2 ** torch.arange(planes.shape[-1], device=x.device).flip(0))
 
 
 def _place(codes: Tensor, code: Tensor, bits: int) -> Tensor:

@@ -243,7 +243,7 @@ def test_a_method_or_an_option_that_is_not_there_is_named():
         *((tautomer.Finetune, x) for x in ({"budget": True}, {"budget": 1.5}, {"exact": None}, {"autocast": "bf16"})),
         (tautomer.Training, {"dropout": "drop"}),
         (Compile, {"trains": "yes"}),
-        *((Transfer, x) for x in ({"steps": 0}, {"rate": 0.0}, {"rate": float("inf")}, {"patience": -1}, {"file": 3})),
+        *((Transfer, x) for x in ({"steps": -1}, {"rate": 0.0}, {"rate": float("inf")}, {"patience": -1}, {"file": 3})),
         *((Hedgehog, x) for x in ({"width": 0}, {"width": 2.0})),
     ],
 )
