@@ -11,7 +11,8 @@ The two graphs are made from the program (rewrite/stepping.py) and share the par
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,12 @@ class State:
     Attributes:
         position: how many positions came before.
         tensors: of every attention in order, each with the batch in front.
+        owner: which decoder it is of; no other goes on from it.
     """
 
     position: int
     tensors: tuple[Tensor, ...]
+    owner: str
 
     @property
     def bytes(self) -> int:
@@ -46,7 +49,7 @@ class State:
 
     def rows(self, index: Tensor) -> State:
         """Some samples of the batch, in any order and as often as they are named: what a beam search keeps."""
-        return State(self.position, tuple(x.index_select(0, index) for x in self.tensors))
+        return replace(self, tensors=tuple(x.index_select(0, index) for x in self.tensors))
 
 
 class Decoder:
@@ -62,6 +65,7 @@ class Decoder:
         self.stepping, self.checked = form, checked
         self.prefill_module, self.step_module = (_sharing(to_torch(program), module) for program in (form.prefill, form.step))
         self._owner, self._expected = form.program.name, module._inputs[form.tokens]
+        self._key = uuid4().hex
 
     @property
     def constant(self) -> bool:
@@ -81,8 +85,8 @@ class Decoder:
         Raises:
             UsageError: they are not what the model takes, or more than it has positions for.
         """
-        logits, *state = self._run(self.prefill_module, tokens, ())
-        return logits, State(tokens.shape[1], tuple(state))
+        logits, *state = self._run(self.prefill_module, tokens)
+        return logits, State(tokens.shape[1], tuple(state), self._key)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -96,20 +100,24 @@ class Decoder:
             logits ``[batch, …]`` of that position, and the new state.
 
         Raises:
-            UsageError: the tokens are not one per sample of the state, or the model has no such position.
+            UsageError: the tokens are not one per sample of the state, the state is of another decoder, or the model has no such
+                position.
         """
         assert self._expected is not None
         if not isinstance(tokens, Tensor) or not isinstance(state, State):
             given = f"{type(tokens).__name__} and {type(state).__name__}"
             raise UsageError(f"a step takes a tensor of tokens and the state that prefill or a step returned, not {given}")
+        if state.owner != self._key:
+            reason = f"the state is of another decoder than this one of {self._owner}: its numbers mean something else here"
+            raise UsageError(reason, hint="prefill the prompt with the decoder that goes on from it")
         if tokens.ndim == len(self._expected.shape) - 1:
             tokens = tokens.unsqueeze(1)
         batch = state.tensors[0].shape[0]
         if tokens.ndim < 2 or tokens.shape[:2] != (batch, 1):
             raise UsageError(f"tokens of shape {list(tokens.shape)} for a state of {batch} samples: a step takes one of each")
         position = torch.tensor(state.position, device=tokens.device)
-        logits, *new = self._run(self.step_module, tokens, (position, *state.tensors))
-        return logits.squeeze(1), State(state.position + 1, tuple(new))
+        logits, *new = self._run(self.step_module, tokens, state.position, position, *state.tensors)
+        return logits.squeeze(1), State(state.position + 1, tuple(new), self._key)
 
     def generate(self, tokens: Tensor, new: int, choose: Choose | None = None) -> Tensor:
         """Go on from a prompt.
@@ -124,7 +132,7 @@ class Decoder:
 
         Example: ``decoder.generate(ids, 20, lambda logits: torch.multinomial((logits / 0.8).softmax(-1), 1)[:, 0])``
         """
-        if not isinstance(new, int) or new < 0:
+        if not isinstance(new, int) or isinstance(new, bool) or new < 0:
             raise UsageError(f"new is {new!r}", hint="how many tokens, 0 or more")
         logits, state = self.prefill(tokens)
         if logits.ndim != 3 or tokens.is_floating_point():
@@ -142,11 +150,12 @@ class Decoder:
                 logits, state = self.step(chosen, state)
         return torch.cat(found, 1)
 
-    def _run(self, module: Rewritten, tokens: Tensor, rest: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _run(self, module: Rewritten, tokens: Tensor, position: int = 0, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Run a module on tokens, the first of which is at ``position``."""
         check_inputs([tokens], [self._expected], self._owner)
         if not tokens.shape[1]:
             raise UsageError("a prompt of no tokens", hint="begin with the token that begins a text")
-        last, known = int(rest[0]) if rest else tokens.shape[1] - 1, self.stepping.positions
+        last, known = position + tokens.shape[1] - 1, self.stepping.positions
         if known is not None and last >= known:
             raise UsageError(f"{self._owner} has no position {last}: it has {known}")
         try:

@@ -21,7 +21,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from tautomer.rewrite._torch import known_translations, oblivious_sizes, quick_export
+from tautomer.rewrite._torch import known_translations, oblivious_sizes, quick_export, short_bodies
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.library import tautomer
@@ -32,6 +32,7 @@ from .files import free_axes, staged, writable
 from .liger import FORWARD
 from .onnx_check import PROVIDERS, Reference, compare, first_difference, require_provider, tensor_outputs, tolerance
 from .onnx_names import moved_counts, name_sizes, name_weights, named, rename, unsaid
+from .onnx_rules import node_first
 from .onnx_table import of_others, table
 from .to_torch import to_torch
 
@@ -164,8 +165,8 @@ def _validate(program: Program, provider: str, opset: int, check: bool) -> None:
         )
 
 
-UNROLLED = 16
-"""The most levels of HyperAttentions of free length that are written: each takes some 15 seconds, most of it in torch.export."""
+UNROLLED = 32
+"""The most levels of HyperAttentions of free length that are written: each takes some 3 seconds, most of it in torch."""
 
 
 def refuse_unrolled(program: Program) -> None:
@@ -174,12 +175,12 @@ def refuse_unrolled(program: Program) -> None:
     Raises:
         ExportError: their levels, one for each doubling from ``leaf`` to ``longest`` positions, are more than ``UNROLLED``.
     """
-    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v1)]
+    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v2)]
     free = [x for x in given if x["causal"] and static(x["query"].meta["val"].shape[-2]) is None]
     levels = sum(max(0, ((x["longest"] - 1) // x["leaf"]).bit_length()) for x in free)
     if levels > UNROLLED:
         raise ExportError(
-            f"the {len(free)} HyperAttentions of {program.name} have {levels} levels in all, and each is written out, in some 15 "
+            f"the {len(free)} HyperAttentions of {program.name} have {levels} levels in all, and each is written out, in some 3 "
             f"seconds: more than {UNROLLED} are refused",
             hint="a smaller longest or a larger leaf (one level for each doubling between them), fewer layers=, or "
             "dynamic_shapes='static'",
@@ -197,7 +198,8 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
     try:
         sizing = oblivious_sizes() if degenerate else contextlib.nullcontext()
         with _quiet(), torch.no_grad(), known_translations(), quick_export(), sizing:
-            exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
+            with short_bodies():
+                exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
             onnx_program = torch.onnx.export(
                 _referred(exported),
                 (),
@@ -209,7 +211,8 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
             )
             assert onnx_program is not None
             # Constants only: the exporter's own fusions break rotary embeddings of free length.
-            onnxscript.optimizer.optimize(onnx_program.model)
+            with node_first():
+                onnxscript.optimizer.optimize(onnx_program.model)
             return onnx_program
     except Exception as error:
         missing = sorted(set(re.findall(r"No ONNX function found for.*?op='([\w.]+)'", str(error))))

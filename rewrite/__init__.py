@@ -5,6 +5,7 @@ Reading order: a file imports only files above it.
 What everything speaks of:
 
     errors.py       The errors tautomer raises: one base, few kinds, one sentence each
+    options.py      What a user gives a recipe or a pass, held to the annotations of what takes it
     claims.py       A claim is what a rewrite promises about outputs and gradients
     _torch.py       Every private name of torch that tautomer uses, and nothing else
     _fla.py         The kernels of flash-linear-attention, where it is installed

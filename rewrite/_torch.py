@@ -21,7 +21,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as symbolic_config
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +60,7 @@ __all__ = [
     "quiet_triton",
     "restarts",
     "set_grad_enabled_region",
+    "short_bodies",
     "size_functions",
     "source_of_input",
     "statically_known_true",
@@ -67,6 +68,7 @@ __all__ = [
     "traced",
     "unlifted_module",
     "unread_lines",
+    "values_unasked",
 ]
 
 set_grad_enabled_region: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -185,6 +187,27 @@ def quiet_fakes() -> Iterator[None]:
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled
+
+
+_short = False
+
+
+@contextlib.contextmanager
+def short_bodies() -> Iterator[None]:
+    """Inside, an op that knows its result without the values need not be run for it; see ``values_unasked``."""
+    global _short
+    before, _short = _short, True
+    try:
+        yield
+    finally:
+        _short = before
+
+
+def values_unasked(x: Any) -> bool:
+    """Whether a call on ``x``, inside ``short_bodies``, is asked for a shape alone: ``x`` is fake, and nobody records the call's
+    parts. ``torch.export`` asks three times for each call.
+    """
+    return _short and isinstance(x, FakeTensor) and get_proxy_mode() is None
 
 
 @contextlib.contextmanager

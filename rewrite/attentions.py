@@ -3,7 +3,8 @@
     y = softmax(scale q kᵀ + mask) v
 
 A mask is a conjunction, ``a & b`` or a sum, of parts that are known by themselves: a band of positions (causal, a window;
-masks.py), padding (what does not depend on the query), a bias of positions alone. Whatever is none of these is said.
+masks.py), padding (what does not depend on the query; of it, numbers are what may do more to a score than hide it), a bias of
+positions alone. Whatever is none of these is said.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Masking(Flag):
     CAUSAL = auto()
     WINDOW = auto()
     PADDING = auto()
+    NUMBERS = auto()
     BIAS = auto()
     OTHER = auto()
 
@@ -180,12 +182,14 @@ _Decomposed = tuple[Masking, Band, tuple[Part, ...], tuple[Part, ...], str]
 
 def _decomposed(node: fx.Node, mask: fx.Node | None, causal: bool, masks: Masks) -> _Decomposed:
     band, padding, bias, unknown = Band(None, 0 if causal else None), list[Part](), list[Part](), ""
+    numbers = False
     for part in _parts(mask) if mask is not None else ():
         try:
             band = band & _band(part, node, masks)
         except Refused as refusal:
             if _rowless(part.node) and (rank(part.node) < 3 or same(shape(part.node)[-3], 1)):
                 padding.append(part)
+                numbers = numbers or not (part.node.meta["val"].dtype is torch.bool or _hides(part.node))
             elif part.node.meta["val"].is_floating_point() and not inputs_of(part.node):
                 bias.append(part)
             else:
@@ -194,6 +198,7 @@ def _decomposed(node: fx.Node, mask: fx.Node | None, causal: bool, masks: Masks)
         Masking.CAUSAL: band.right == 0,
         Masking.WINDOW: band.left is not None or band.right not in (0, None),
         Masking.PADDING: bool(padding),
+        Masking.NUMBERS: numbers,
         Masking.BIAS: bool(bias),
         Masking.OTHER: bool(unknown),
     }
@@ -271,6 +276,36 @@ def _filled(x: Any) -> Any:
     if not isinstance(x, (int, float)):
         return None
     return "low" if x <= -1e4 else float(x)
+
+
+_MOVED = _SAME | {
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.transpose.int,
+    aten.permute.default,
+}
+
+
+def _hides(x: Any) -> bool:
+    """Whether a number that is added to scores, wherever it stands, is known to be 0, or low enough to mask one."""
+    if _filled(x) in (0.0, "low"):
+        return True
+    if not isinstance(x, fx.Node):
+        return False
+    args = x.args
+    if x.target in _MOVED:
+        return _hides(args[0])
+    if x.target in _WHERES:
+        return _hides(args[1]) and _hides(args[2])
+    if x.target is aten.masked_fill.Scalar:
+        return _hides(args[0]) and _filled(args[2]) in (0.0, "low")
+    if x.target in (aten.mul.Tensor, aten.mul.Scalar):  # (1 - keep) · low, where keep is 0 or 1
+        return "low" in map(_filled, args)
+    return x.target is aten.add.Tensor and not x.kwargs and all(map(_hides, args))
 
 
 def _rowless(node: Any) -> bool:

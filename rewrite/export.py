@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import oblivious_sizes, pytree, quick_export
+from ._torch import oblivious_sizes, pytree, quick_export, short_bodies
 from .errors import CaptureError, DataDependent, UsageError
 from .functions import without_checkpoints
 from .record import clone_leaves, silence, undisturbed
@@ -52,7 +52,7 @@ def export(
     """
     shapes = (tuple(sizes),) if any(size is not None for size in sizes) else None
     sizing = oblivious_sizes() if oblivious else contextlib.nullcontext()
-    with undisturbed(model), silence(), sizing, quick_export(), without_checkpoints():
+    with undisturbed(model), silence(), sizing, quick_export(), without_checkpoints(), short_bodies():
         try:
             inputs = tuple(clone_leaves(list(leaves)))
             return torch.export.export(Flat(model, in_spec), inputs, strict=False, dynamic_shapes=shapes)

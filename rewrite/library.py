@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._torch import values_unasked
 from .hybrid_attention import block_attention, hybrid_attention, hybrid_attention_state, hybrid_attention_step
 from .kernel_attention import kernel_attention, kernel_attention_state, kernel_attention_step
 from .landmark_attention import linformer_attention, nystrom_attention
@@ -335,7 +336,7 @@ SEMANTIC = (
         heads_last,
     ),
     Semantic(
-        "hyper_attention.v1(Tensor query, Tensor key, Tensor value, Tensor planes, Tensor draws, Tensor? mask, float scale, "
+        "hyper_attention.v2(Tensor query, Tensor key, Tensor value, Tensor planes, Tensor draws, Tensor? mask, float scale, "
         "int block, int leaf, int longest, bool causal=False) -> Tensor",
         hyper_attention,
         heads_last,
@@ -371,8 +372,27 @@ FAKES = {f"tautomer.{op.name}": op.fake for op in SEMANTIC if op.fake is not Non
 """What stands for a body where only shapes are asked for."""
 
 _LIBRARY: Any = torch.library.Library("tautomer", "FRAGMENT")  # type: ignore[no-untyped-call]  # ops live as long as this
+
+
+def _kernel(op: Semantic) -> Callable[..., Any]:
+    """What PyTorch calls: the body, or in its place ``fake`` where an export asks for a shape alone."""
+    fake, body = op.fake, op.body
+    if fake is None:
+        return body
+
+    def kernel(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not values_unasked(first):
+            return body(first, *args, **kwargs)
+        with torch.no_grad():
+            shape = fake(first, *args, **kwargs)
+        trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (first, *args))
+        return shape.requires_grad_(trains)
+
+    return kernel
+
+
 for _op in SEMANTIC:
     _LIBRARY.define(_op.schema)
-    _LIBRARY.impl(_op.name, _op.body, "CompositeImplicitAutograd")
+    _LIBRARY.impl(_op.name, _kernel(_op), "CompositeImplicitAutograd")
 
 tautomer: Any = torch.ops.tautomer

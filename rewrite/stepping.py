@@ -130,10 +130,12 @@ def _logits(program: Program, time: Size) -> int:
     named = logits_of(program)
     tensors = [i for i, x in enumerate(outputs) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
     if named is None and len(tensors) != 1:
-        raise _no(program, f"it returns {len(tensors)} tensors, and none of them is called logits")
+        hint = "a model with a head (…LMHeadModel, …ForCausalLM), or a module that returns one tensor"
+        raise _no(program, f"it returns {len(tensors)} tensors, and none of them is called logits", hint=hint)
     index = tensors[0] if named is None else named
     if _along(outputs[index], time) != [1]:
-        raise _no(program, "what it returns has not one row per position, [batch, positions]")
+        reason = "what it returns has not one row per position, [batch, positions]"
+        raise _no(program, reason, hint="the logits of all positions: no logits_to_keep, no pooling")
     return index
 
 

@@ -229,7 +229,7 @@ def _hashed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, planes: Tensor, draws
     codes = torch.where(bias > -1e29, _hash(k, planes), 2 ** planes.shape[-1])
     near = codes.sort(dim=-1, stable=True).indices
     k, v, bias = _rows(k, near), _rows(v, near), bias.gather(2, near)
-    many = (bias > -1e29).sum(-1, keepdim=True)  # [batch, h, 1]
+    many = _reduced((bias > -1e29).sum(-1, keepdim=True)).unsqueeze(-1)  # [batch, h, 1]
     blocks, width = (m + block - 1) // block, torch.sym_min(block, m)
     starts = torch.minimum(torch.arange(blocks, device=q.device) * block, (many - width).clamp(min=0))  # [batch, h, blocks]
 
@@ -270,7 +270,12 @@ def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     two passes over the weights fewer.
     """
     weights = logits.softmax(-1)
-    return weights, logits.amax(-1) - weights.amax(-1).log()
+    return weights, _reduced(logits.amax(-1, keepdim=True)) - _reduced(weights.amax(-1, keepdim=True)).log()
+
+
+def _reduced(x: Tensor) -> Tensor:
+    """What is left of the last axis. Where nothing was there to reduce, ONNX Runtime leaves the axis as long as it was."""
+    return x[..., 0]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -281,7 +286,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 def _hash(x: Tensor, planes: Tensor) -> Tensor:
     """The place of the signs of x · planes in the reflected Gray code: neighbouring hashes differ in one sign."""
     signs = (x @ planes > 0).long()
-    return (signs.cumsum(-1) % 2 * 2 ** torch.arange(planes.shape[-1], device=x.device).flip(0)).sum(-1)
+    return _reduced((signs.cumsum(-1) % 2 * 2 ** torch.arange(planes.shape[-1], device=x.device).flip(0)).sum(-1, keepdim=True))
 
 
 def _place(codes: Tensor, code: Tensor, bits: int) -> Tensor:

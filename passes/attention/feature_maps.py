@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tautomer.rewrite.errors import require
 from tautomer.rewrite.ops import Operand, Ops
+from tautomer.rewrite.options import check_options, least
 
 Side = Literal["query", "key"]
 
@@ -58,6 +59,9 @@ class FeatureMap(ABC):
 
     trains: ClassVar[bool] = True
     measured: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def initial(self, given: Heads, side: Side, draw: torch.Generator) -> dict[str, Tensor]:
         """The weights to start with, by name.
@@ -96,6 +100,10 @@ class Relu(FeatureMap):
 
     width: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least(self, width=1)
+
     def count(self, width: int) -> int:
         return self.width or width
 
@@ -118,6 +126,10 @@ class Hedgehog(FeatureMap):
 
     width: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least(self, width=1)
+
     def count(self, width: int) -> int:
         return 2 * (self.width or width)
 
@@ -138,6 +150,10 @@ class JointHedgehog(FeatureMap):
     """
 
     width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least(self, width=1)
 
     def count(self, width: int) -> int:
         return 2 * (self.width or width)

@@ -21,8 +21,9 @@ from torch import fx
 from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import ARCHITECTURE
 from tautomer.rewrite.emit import GraphOps
-from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.errors import require
 from tautomer.rewrite.ops import OPS
+from tautomer.rewrite.options import least
 from tautomer.rewrite.rules import shape
 
 from .learned_attention import kept
@@ -47,8 +48,8 @@ class GatedAttention(UntrainedAttention):
     chunk: int = 16
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.chunk < 1:
-            raise UsageError(f"window={self.window}, chunk={self.chunk}: they hold one position at least")
+        super().__post_init__()
+        least(self, window=1, chunk=1)
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)

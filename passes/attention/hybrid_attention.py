@@ -22,8 +22,9 @@ from torch import Tensor
 
 from tautomer.rewrite.attentions import AttentionSite
 from tautomer.rewrite.claims import ARCHITECTURE
-from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.errors import require
 from tautomer.rewrite.ops import Operand, Ops
+from tautomer.rewrite.options import least
 from tautomer.rewrite.rules import shape
 
 from .feature_maps import FeatureMap, Heads, Hedgehog
@@ -50,8 +51,8 @@ class HybridAttention(LearnedAttention):
     terraced: bool = False
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UsageError(f"window={self.window}: a position sees itself at least")
+        super().__post_init__()
+        least(self, window=1)
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)

@@ -23,10 +23,14 @@ from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import APPROXIMATE
 from tautomer.rewrite.emit import GraphOps
 from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.options import least
 from tautomer.rewrite.rules import dtype, shape
 from tautomer.rewrite.shapes import static
 
 from .substitute_attention import SubstituteAttention, weight_name
+
+MOST_PLANES = 16
+"""Keys are counted by their hash."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +49,7 @@ class HyperAttention(SubstituteAttention):
 
     claim = APPROXIMATE("keys that do not hash like a query count through a sample alone")
     paper = "arXiv:2310.05869"
-    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING | Masking.NUMBERS
     block: int = 256
     samples: int = 256
     leaf: int = 512
@@ -54,8 +58,10 @@ class HyperAttention(SubstituteAttention):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.block, self.samples, self.leaf, self.planes) < 1:
-            raise UsageError("block, samples, leaf and planes are at least 1")
+        super().__post_init__()
+        least(self, block=1, samples=1, leaf=1, planes=1, longest=1)
+        if self.planes > MOST_PLANES:
+            raise UsageError(f"{self.name}: {self.planes} planes make 2^{self.planes} hashes", hint=f"at most {MOST_PLANES}")
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from tautomer.rewrite.attentions import AttentionSite
 from tautomer.rewrite.claims import ARCHITECTURE
-from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.errors import require
 from tautomer.rewrite.ops import Operand, Ops
+from tautomer.rewrite.options import least
 from tautomer.rewrite.rules import shape
 
 from .feature_maps import FeatureMap, Heads, Hedgehog
@@ -48,8 +49,8 @@ class KernelAttention(LearnedAttention):
     diagonal: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk < 1 or (self.diagonal is not None and self.diagonal < 1):
-            raise UsageError(f"chunk={self.chunk}, diagonal={self.diagonal}: blocks hold one position at least")
+        super().__post_init__()
+        least(self, chunk=1, diagonal=1)
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)

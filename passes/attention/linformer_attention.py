@@ -22,11 +22,13 @@ from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import ARCHITECTURE
 from tautomer.rewrite.errors import UsageError, require
 from tautomer.rewrite.ops import Operand, Ops
-from tautomer.rewrite.rules import dtype, shape
+from tautomer.rewrite.rules import shape
 from tautomer.rewrite.shapes import static
 
 from .feature_maps import Heads
-from .learned_attention import LearnedAttention
+from .learned_attention import LearnedAttention, kept
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,7 @@ class LinformerAttention(LearnedAttention):
     longest: int = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.slots <= self.longest:
             raise UsageError(f"{self.slots} slots for {self.longest} positions", hint="1 ≤ slots ≤ longest")
 
@@ -53,8 +56,6 @@ class LinformerAttention(LearnedAttention):
         super().check(site)
         n = static(shape(site.query)[-2])
         require(n is None or n <= self.longest, f"its {n} positions are more than the {self.longest} that E and F are made for")
-        boolean = all(dtype(part.node) is torch.bool for part in site.padding)
-        require(boolean, "padding is added to its scores as numbers, for which slots have no place: make the mask boolean")
 
     def initial(self, given: Heads, draw: torch.Generator) -> dict[str, Tensor]:
         segments = torch.arange(self.longest)[:, None] * self.slots // self.longest == torch.arange(self.slots)
@@ -62,7 +63,8 @@ class LinformerAttention(LearnedAttention):
 
     def core(self, op: Ops, site: AttentionSite, weights: Mapping[str, Operand]) -> Operand:
         heads = (site.query, site.key, site.value, weights["E"], weights["F"])
-        return op.linformer_attention(*heads, site.keys_kept(op), site.scale)
+        keep = kept(op, site)
+        return op.linformer_attention(*heads, None if keep is None else op(aten.unsqueeze.default)(keep, -2), site.scale)
 
     def flops(self, site: AttentionSite, n: int) -> float:
         return 4.0 * n * self.slots * (site.width + int(shape(site.value)[-1]))

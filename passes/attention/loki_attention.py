@@ -47,13 +47,14 @@ class LokiAttention(SubstituteAttention):
 
     claim = APPROXIMATE("keys that are not among the best in few dimensions weigh nothing")
     paper = "arXiv:2406.02542"
-    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING | Masking.NUMBERS
     crosses: ClassVar[bool] = True
     keys: float = 0.25
     rank: float = 0.25
     gather: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, number in (("keys", self.keys), ("rank", self.rank)):
             if number <= 0 or (number >= 1 and number != int(number)):
                 raise UsageError(f"{name} is {number}", hint="a whole number, or a share below 1")

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import APPROXIMATE
 from tautomer.rewrite.emit import GraphOps
-from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.errors import require
+from tautomer.rewrite.options import least
 from tautomer.rewrite.rules import shape
 from tautomer.rewrite.shapes import static
 
@@ -34,13 +35,13 @@ class NystromAttention(SubstituteAttention):
 
     claim = APPROXIMATE("the weights are a product of rank m, and some may be negative")
     paper = "arXiv:2102.03902"
-    represents: ClassVar[Masking] = Masking.PADDING
+    represents: ClassVar[Masking] = Masking.PADDING | Masking.NUMBERS
     landmarks: int = 64
     iterations: int = 6
 
     def __post_init__(self) -> None:
-        if self.landmarks < 1 or self.iterations < 1:
-            raise UsageError(f"{self.landmarks} landmarks and {self.iterations} iterations", hint="at least 1 of each")
+        super().__post_init__()
+        least(self, landmarks=1, iterations=1)
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)

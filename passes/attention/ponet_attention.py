@@ -50,6 +50,7 @@ class PonetAttention(LearnedAttention):
     window: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.segments < 1 or self.window < 1 or self.window % 2 == 0:
             hint = "one segment at least, and a window that has a middle"
             raise UsageError(f"segments={self.segments}, window={self.window}", hint=hint)

@@ -45,6 +45,7 @@ class PoolformerAttention(UntrainedAttention):
     prefix: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size < 1 or self.size % 2 == 0:
             raise UsageError(f"size={self.size}: neighbours have a middle", hint="an odd number")
         if (self.grid and (len(self.grid) != 2 or min(self.grid) < 1)) or (self.prefix and self.grid == ()) or self.prefix < 0:

@@ -26,6 +26,7 @@ from tautomer.rewrite.emit import Editor, GraphOps
 from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.errors import Refused, UsageError, require
 from tautomer.rewrite.masks import Masks
+from tautomer.rewrite.options import check_options, least
 from tautomer.rewrite.pass_base import Context, Pass, identify
 from tautomer.rewrite.program import Program, path_of, source_of
 from tautomer.rewrite.rules import shape
@@ -62,6 +63,10 @@ class SubstituteAttention(Pass):
     _: KW_ONLY
     layers: Sequence[int | str] | int | str | None = None
     budget: float | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        least(self, budget=0)
 
     def run(self, program: Program, context: Context) -> None:
         found = [Place(identify(self, node), False, source=source_of(node)) for node in attentions(program)]
@@ -212,7 +217,7 @@ class SubstituteAttention(Pass):
             else:
                 found = [node for node in nodes if f"{path_of(node)}.".startswith(f"{layer}.")]
             if not found:
-                places = ", ".join(dict.fromkeys(map(path_of, nodes))) or "none"
+                places = ", ".join(filter(None, dict.fromkeys(map(path_of, nodes)))) or "none of its modules"
                 raise UsageError(f"layers: there is no attention {layer!r}", hint=f"{len(nodes)} attentions, at {places}")
             chosen.update(found)
         return [node for node in nodes if node in chosen]
@@ -223,6 +228,7 @@ _BEYOND = {
     Masking.CAUSAL: "it is causal, and {name} lets positions see the future",
     Masking.WINDOW: "its mask is {band}, for which {name} has no place",
     Masking.PADDING: "some keys are padding, for which {name} has no place",
+    Masking.NUMBERS: "numbers are added to its scores key by key; for {name} a key counts or does not: make the mask boolean",
     Masking.BIAS: "a bias of positions is added to its scores, for which {name} has no place",
 }
 

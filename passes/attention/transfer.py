@@ -12,6 +12,7 @@ student whose rate has reached 1e-5 has finished. arXiv:2410.10254, section 3.2 
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, fx
 
 from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.errors import UsageError
+from tautomer.rewrite.options import check_options, least
 from tautomer.rewrite.program import Program
 
 HELD_OUT = 8
@@ -47,6 +49,12 @@ class Transfer:
     rate: float = 1e-2
     patience: int = 3
     file: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        least(self, steps=0, patience=0)
+        if not 0 < self.rate < math.inf:
+            raise UsageError(f"Transfer: rate is {self.rate!r}", hint="a positive number, 1e-2")
 
 
 @dataclass

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from tautomer.rewrite.attentions import AttentionSite, Masking
 from tautomer.rewrite.claims import APPROXIMATE
 from tautomer.rewrite.emit import GraphOps
-from tautomer.rewrite.errors import UsageError, require
+from tautomer.rewrite.errors import require
+from tautomer.rewrite.options import least
 from tautomer.rewrite.program import arguments
 from tautomer.rewrite.rules import shape
 from tautomer.rewrite.shapes import static
@@ -35,13 +36,13 @@ class WindowAttention(SubstituteAttention):
 
     claim = APPROXIMATE("keys outside of the window weigh nothing")
     paper = "arXiv:2004.05150, arXiv:2309.17453"
-    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING
+    represents: ClassVar[Masking] = Masking.CAUSAL | Masking.PADDING | Masking.NUMBERS
     window: int = 256
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.sinks < 0:
-            raise UsageError(f"a window of {self.window} positions and {self.sinks} sinks", hint="window ≥ 1, sinks ≥ 0")
+        super().__post_init__()
+        least(self, window=1, sinks=0)
 
     def check(self, site: AttentionSite) -> None:
         super().check(site)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -42,6 +42,7 @@ from tautomer.rewrite.factors import Factors, Moments, break_even, cost, factor
 from tautomer.rewrite.latency import Latency
 from tautomer.rewrite.layers import layer_of
 from tautomer.rewrite.moments import moments
+from tautomer.rewrite.options import check_options, least
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.refit import Fit
@@ -87,25 +88,17 @@ class FactorLinears(Pass):
     def __init__(self, ratio: float = 0.6, *, of: Of = "parameters", allocation: Allocation = "predicted",
                  multiple: int | None = None, generations: int = 0, error: Error = "outputs", calls: int = 4,
                  tokens: str = "attention_mask", sequential: bool = False, seed: int = 0) -> None:  # fmt: skip
-        if not isinstance(ratio, (int, float)) or not ratio > 0:
-            raise UsageError(f"ratio is {ratio!r}", hint="the part of the parameters that is left, between 0 and 1")
-        if of not in get_args(Of):
-            raise UsageError(f"of is {of!r}", hint=" or ".join(map(repr, get_args(Of))))
-        if allocation not in get_args(Allocation):
-            raise UsageError(f"allocation is {allocation!r}", hint=" or ".join(map(repr, get_args(Allocation))))
-        if error not in get_args(Error):
-            raise UsageError(f"error is {error!r}", hint=" or ".join(map(repr, get_args(Error))))
+        check_options(self, locals())
+        if not ratio > 0:
+            raise UsageError(f"{self.name}: ratio is {ratio!r}", hint="the part of the parameters that is left, between 0 and 1")
         if allocation == "threshold" and of == "latency":
             raise UsageError("a threshold needs ranks of equal cost, which times are not", hint="allocation='predicted'")
         if allocation in ("predicted", "threshold") and error == "layer":
             raise UsageError("errors of layers cannot be compared", hint="error='outputs', or allocation='measured' or 'uniform'")
-        numbers = (("multiple", 1 if multiple is None else multiple, 1), ("calls", calls, 1), ("generations", generations, 0))
-        for name, number, least in numbers:
-            if not isinstance(number, int) or number < least:
-                raise UsageError(f"{name} is {number!r}", hint=f"a whole number, {least} or more")
         self.ratio, self.of, self.allocation, self.multiple, self.generations = ratio, of, allocation, multiple, generations
         self.error, self.calls, self.tokens, self.seed = error, calls, tokens, seed
         self.sequential = sequential
+        least(self, multiple=1, calls=1, generations=0)
         self._times: dict[Hashable, Latency] = {}
 
     def run(self, program: Program, context: Context) -> None:

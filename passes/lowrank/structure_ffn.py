@@ -23,6 +23,7 @@ from tautomer.rewrite.engine import substitute
 from tautomer.rewrite.equation import shape
 from tautomer.rewrite.errors import Refused, UsageError, require
 from tautomer.rewrite.feedforward import feedforward_layers
+from tautomer.rewrite.options import check_options
 from tautomer.rewrite.pass_base import Context, Pass, Purpose
 from tautomer.rewrite.program import Program, arguments, target_name
 from tautomer.rewrite.shapes import static
@@ -47,6 +48,7 @@ class StructureFfn(Pass):
 
     def __init__(self, form: Form | Callable[[int, int], Form] | None = None, init: Init | Literal["nearest"] = "nearest",
                  keep_first: bool = False, seed: int = 0) -> None:  # fmt: skip
+        check_options(self, locals())
         self.form = LowRank.at(0.625) if form is None else form
         self.init, self.keep_first, self.seed = init, keep_first, seed
 

@@ -111,6 +111,26 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         tautomer.decoder(Model())
 
 
+def test_the_state_of_another_decoder_is_refused() -> None:
+    narrow, wide = (tautomer.decoder(small(tautomer.LongContext("window", window=w)), check=False) for w in (3, 4))
+    state = narrow.prefill(IDS)[1]
+    for other in (wide, tautomer.decoder(small(), check=False)):
+        with pytest.raises(UsageError, match="the state is of another decoder than this one of Model"):
+            other.step(IDS[:, 0], state)
+    assert narrow.step(IDS[:1, 0], state.rows(torch.tensor([1])))[1].position == 10
+
+
+def test_a_step_is_one_graph_for_every_position() -> None:
+    decoder = tautomer.decoder(small(), check=False)
+    step, (_, state) = torch.compile(decoder.step, fullgraph=True, backend="eager"), decoder.prefill(IDS[:, :4])
+    for at in range(4, 9):
+        wanted, after = decoder.step(IDS[:, at], state)
+        with torch._dynamo.config.patch(error_on_recompile=at > 6):
+            logits, state = step(IDS[:, at], state)
+        torch.testing.assert_close(logits, wanted)
+        assert state.position == after.position and all(map(torch.equal, state.tensors, after.tensors))
+
+
 class Sliced(Model):
     """Its positions are the first rows of a table."""
 

@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import tautomer
+from tautomer.passes.attention.feature_maps import Hedgehog
+from tautomer.passes.attention.transfer import Transfer
+from tautomer.passes.recipes import Compile
 from tautomer.rewrite.errors import UsageError
 
 IMAGE = torch.randn(2, 3, 16, 16)
@@ -227,7 +230,23 @@ def test_a_method_or_an_option_that_is_not_there_is_named():
         tautomer.LongContext("window", wnd=3)
 
 
-@pytest.mark.parametrize(("option", "kind"), [({"window": 2.5}, "int"), ({"budget": "a"}, r"float \| None")])
-def test_an_option_of_another_kind_is_refused_at_once(option, kind):
-    with pytest.raises(UsageError, match=f"which is no {kind}"):
-        tautomer.LongContext("window", **option)
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        *((tautomer.LongContext, x) for x in ({"window": 2.5}, {"budget": "a"}, {"budget": -1}, {"layers": (True,)})),
+        *((tautomer.LongContext, {"method": x}) for x in (True, ["window"])),
+        *((tautomer.LongContext, {"method": "hybrid", "transfer": x}) for x in (3, "fast")),
+        (tautomer.LongContext, {"method": "loki", "gather": "no"}),
+        (tautomer.LongContext, {"method": "kernel", "feature_map": "elu"}),
+        (tautomer.LongContext, {"method": "hyper", "planes": 60}),
+        *((tautomer.Compress, x) for x in ({"ratio": True}, {"ratio": -1.0}, {"of": "time"}, {"sequential": 1}, {"multiple": 0})),
+        *((tautomer.Finetune, x) for x in ({"budget": True}, {"budget": 1.5}, {"exact": None}, {"autocast": "bf16"})),
+        (tautomer.Training, {"dropout": "drop"}),
+        (Compile, {"trains": "yes"}),
+        *((Transfer, x) for x in ({"steps": -1}, {"rate": 0.0}, {"rate": float("inf")}, {"patience": -1}, {"file": 3})),
+        *((Hedgehog, x) for x in ({"width": 0}, {"width": 2.0})),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_at_once(recipe, option):
+    with pytest.raises(UsageError, match=str(list(option.values())[-1]).strip("[](),")):
+        recipe(**option)

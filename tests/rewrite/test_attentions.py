@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tautomer.rewrite.errors import Refused
 from tautomer.rewrite.masks import Band, Masks
 
 C, W, P, B, OTHER = Masking.CAUSAL, Masking.WINDOW, Masking.PADDING, Masking.BIAS, Masking.OTHER
+N = Masking.PADDING | Masking.NUMBERS
 LOW = torch.finfo(torch.float32).min
 
 
@@ -73,9 +75,15 @@ MASKS: dict[str, tuple[Any, Masking]] = {
     "expanded": (lambda m, x, t: keep(t).expand(-1, 1, x.shape[1], -1) & (away(x) >= 0), C | P),
     "added": (lambda m, x, t: (1 - keep(t).float()) * LOW, P),
     "filled": (lambda m, x, t: (0.0 * away(x)).masked_fill(away(x) < 0, LOW) + torch.where(keep(t), 0.0, LOW), C | P),
+    "as a layer of torch has it": (
+        lambda m, x, t: torch.zeros_like(t, dtype=x.dtype).masked_fill(t == 0, -math.inf)[:, None, None].expand(2, 4, 1, -1), P
+    ),
+    "weighed": (lambda m, x, t: t.float()[:, None, None], N),
+    "weighed and hidden": (lambda m, x, t: torch.where(keep(t), t.float()[:, None, None] / 2, LOW), N),
     "bias": (lambda m, x, t: m.table[away(x).abs()].permute(2, 0, 1)[None], B),
     "biased": (lambda m, x, t: torch.where(keep(t), m.table[away(x).abs()].permute(2, 0, 1)[None], LOW), B | P),
     "slopes": (lambda m, x, t: -0.5 * away(x).abs(), B),
+    "kerple": (lambda m, x, t: -m.table[0, 0].exp() * torch.log1p(m.table[1, 0].exp() * away(x).abs()), B),
     "blocks": (lambda m, x, t: (t[:, None, :, None] == t[:, None, None]), OTHER),
 }  # fmt: skip
 
@@ -99,7 +107,7 @@ def test_the_flag_is_causal_and_a_scale_is_a_number() -> None:
 def test_padding_of_several_spellings_is_found() -> None:
     dropped = lambda m, x, t: ~((t == 0)[:, None, None] | (away(x) < 0))  # noqa: E731
     found = site(Attends(lambda m, x, t: torch.where(dropped(m, x, t), 0.0, LOW) + (keep(t).float() - 1)))
-    assert found.masking == C | P and sorted(part.keeps for part in found.padding) == [False, True]
+    assert found.masking == C | N and sorted(part.keeps for part in found.padding) == [False, True]
 
 
 def test_keys_of_another_sequence_and_of_a_cache_are_told() -> None:

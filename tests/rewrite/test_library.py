@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 
+from tautomer.rewrite._torch import short_bodies
 from tautomer.rewrite.library import SEMANTIC, tautomer
 
 BODIES = {
@@ -37,7 +39,7 @@ BODIES = {
     "block_attention.v1": "011795f0a924",
     "window_attention.v1": "b43df3cff065",
     "top_attention.v1": "7ed06fe4d711",
-    "hyper_attention.v1": "8b83b7e8fe59",
+    "hyper_attention.v2": "cf722aaadb77",
     "nystrom_attention.v1": "065fcc6955d7",
     "linformer_attention.v1": "25c016f1c07b",
     "ponet_attention.v1": "11a1ea1c72c1",
@@ -230,7 +232,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     )[0],
     "window_attention.v1": lambda x: tautomer.window_attention.v1(*heads(x), None, 0.3, 3, 1, True),
     "top_attention.v1": lambda x: tautomer.top_attention.v1(*heads(x), x[:1, :4].view(2, 2, 1), None, 0.3, 3, 0, True),
-    "hyper_attention.v1": lambda x: tautomer.hyper_attention.v1(
+    "hyper_attention.v2": lambda x: tautomer.hyper_attention.v2(
         *heads(x), x[:2, :3], torch.arange(6).view(2, 3), None, 0.3, 2, 2, 16, True
     ),
     "nystrom_attention.v1": lambda x: tautomer.nystrom_attention.v1(*heads(x), None, 0.3, 3),
@@ -256,3 +258,25 @@ def test_an_op_survives_export_and_trains_exported_and_compiled(op: Any) -> None
     for again in (exported.module(), torch.compile(module, fullgraph=True, backend="aot_eager")):
         (gradient,) = torch.autograd.grad(again(x).square().sum(), x)
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_an_export_asks_for_shapes_and_the_body_is_not_run_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Window(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            y = tautomer.window_attention.v1(q, q, q, None, 0.5, 2)
+            assert y.requires_grad == q.requires_grad
+            return y * 2
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("the body runs")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", run)
+    for trains in (False, True):
+        given, shapes = (torch.randn(2, 3, 7, 4, requires_grad=trains),), {"q": {0: Dim.AUTO, 2: Dim.AUTO}}
+        with short_bodies():
+            exported = torch.export.export(Window(), given, dynamic_shapes=shapes, strict=False)
+        assert next(n.target for n in exported.graph.nodes if n.op == "call_function") is tautomer.window_attention.v1
+    with pytest.raises(AssertionError, match="the body runs"):
+        torch.export.export(Window(), given, dynamic_shapes=shapes, strict=False)
+    with short_bodies(), pytest.raises(AssertionError, match="the body runs"):
+        Window()(*given)

@@ -117,6 +117,19 @@ class Open(Model):
     causal = False
 
 
+class Last(Model):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids)[:, -1]
+
+
+class Headless(Model):
+    """As a BERT without a head: two tensors, neither of them logits."""
+
+    def forward(self, ids: Tensor) -> Any:
+        y = super().forward(ids)
+        return y, y[:, 0].tanh()
+
+
 IDS = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -154,6 +167,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "not causal": (lambda: window(Open()), "it is not causal"),
     "terraced": (lambda: recipe(Model(), "hybrid", window=3, terraced=True, architecture=True), "terraced=False"),
     "fixed": (lambda: window(Model(), dynamic_shapes="static"), "it was captured for 9 positions"),
+    "no row per position": (lambda: window(Last()), "has not one row per position.*\n.*no logits_to_keep"),
+    "no logits": (lambda: window(Headless()), "returns 2 tensors, and none of them is called logits\n.*a model with a head"),
     "no attention": (lambda: tautomer.optimize(nn.Embedding(11, 4).eval(), (IDS,)), "it has no attention"),
 }
 

@@ -172,6 +172,20 @@ def test_oblivious_sizes():
     assert not isinstance(x.meta["val"].shape[0], int)
 
 
+def test_short_bodies_and_values_unasked():
+    with _torch.FakeTensorMode():
+        fake = torch.ones(2)
+    assert not _torch.values_unasked(fake)
+    with _torch.short_bodies():
+        assert _torch.values_unasked(fake) and not _torch.values_unasked(torch.ones(2))
+        recorded = []
+        torch.fx.experimental.proxy_tensor.make_fx(lambda x: recorded.append(x) or x + 1, tracing_mode="fake")(torch.ones(2))
+        make = lambda x: recorded.append(_torch.values_unasked(x)) or x + 1  # noqa: E731
+        torch.fx.experimental.proxy_tensor.make_fx(make, tracing_mode="fake")(torch.ones(2))
+        assert isinstance(recorded[0], _torch.FakeTensor) and recorded[1:] == [False], "its parts are recorded"
+    assert not _torch.values_unasked(fake)
+
+
 def test_erased():
     graph = torch.fx.Graph()
     node = graph.placeholder("x")

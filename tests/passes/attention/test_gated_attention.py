@@ -53,5 +53,5 @@ def test_what_sees_the_future_is_refused() -> None:
 
 
 def test_windows_and_chunks_hold_a_position() -> None:
-    with pytest.raises(UsageError, match="one position at least"):
+    with pytest.raises(UsageError, match="window is 0"):
         GatedAttention(0)

@@ -48,7 +48,7 @@ def test_what_sees_the_future_is_refused() -> None:
 
 
 def test_a_window_holds_a_position() -> None:
-    with pytest.raises(UsageError, match="sees itself at least"):
+    with pytest.raises(UsageError, match="window is 0"):
         HybridAttention(0)
 
 

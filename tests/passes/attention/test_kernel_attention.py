@@ -78,5 +78,5 @@ def test_with_a_diagonal_it_is_the_mean_with_softmax_in_blocks(causal: bool) -> 
 
 
 def test_blocks_hold_a_position() -> None:
-    with pytest.raises(UsageError, match="one position at least"):
+    with pytest.raises(UsageError, match="chunk is 0"):
         KernelAttention(chunk=0)

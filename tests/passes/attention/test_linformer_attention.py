@@ -72,7 +72,7 @@ def test_new_parameters_stand_in_the_state_dict_and_train() -> None:
 def test_numbers_for_padding_and_too_many_positions_are_refused() -> None:
     x = torch.randn(2, 9, 8)
     added = tautomer.optimize(Attention().eval(), (x, torch.zeros(2, 9)), passes=[LinformerAttention(3, architecture=True)])
-    assert "added to its scores as numbers" in added.report.refusals[0].reason
+    assert "numbers are added to its scores key by key" in added.report.refusals[0].reason
     given = (x, torch.ones(2, 9, dtype=torch.bool))
     made = LinformerAttention(3, longest=8, architecture=True)
     long = tautomer.optimize(Attention().eval(), given, passes=[made], dynamic_shapes="static")

@@ -66,5 +66,5 @@ def test_a_sequence_within_the_window_stays() -> None:
 
 
 def test_no_window_is_wrong() -> None:
-    with pytest.raises(UsageError, match="a window of 0 positions"):
+    with pytest.raises(UsageError, match="window is 0\n  try: 1 or more"):
         WindowAttention(0)
