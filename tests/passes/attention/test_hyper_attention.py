@@ -15,7 +15,7 @@ import tautomer
 from tautomer.passes.attention.hyper_attention import HyperAttention
 from tautomer.rewrite.errors import UsageError
 from tautomer.rewrite.library import tautomer as ops
-from tautomer.rewrite.subset_attention import _hash, _logsumexp, _sum
+from tautomer.rewrite.subset_attention import _hash, _reduced, _weights
 
 
 def heads(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +73,8 @@ def test_no_block_is_wrong() -> None:
 
 
 class Sums(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _sum(x), _logsumexp(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _reduced(x.sum(-1, keepdim=True)), *_weights(x)
 
 
 def test_sums_over_nothing_have_their_shape_on_onnx_runtime(tmp_path: Path) -> None:
@@ -86,3 +86,13 @@ def test_sums_over_nothing_have_their_shape_on_onnx_runtime(tmp_path: Path) -> N
         x = torch.randn(batch, 3, 7)
         for found, wanted in zip(session.run(None, {"x": x.numpy()}), Sums()(x), strict=True):
             torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_exponentials_sum_to_is_read_off_the_softmax() -> None:
+    logits = torch.randn(5, 700, dtype=torch.float64) * torch.logspace(-3, 3, 5, dtype=torch.float64)[:, None]
+    logits[0], logits[1, 1:] = -1e30, -1e30
+    logits.requires_grad_()
+    weights, mass = _weights(logits)
+    torch.testing.assert_close(mass, logits.logsumexp(-1), rtol=1e-14, atol=1e-14)
+    (gradient,) = torch.autograd.grad(mass[1:].sum(), logits)
+    torch.testing.assert_close(gradient[1:], weights[1:], rtol=1e-12, atol=1e-12)
