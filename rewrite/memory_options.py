@@ -19,6 +19,10 @@ TOGETHER = 8
 """How many effects on the same calls are chosen one by one; more of them are chosen together."""
 
 
+_Unit = tuple[tuple[int, int], list[Way]]
+"""A unit of the dynamic program, with its place among the others."""
+
+
 @dataclass(frozen=True)
 class Again:
     """A block that may be run again: what it is given, which it keeps, and what that costs."""
@@ -52,8 +56,11 @@ class Options:
         self.held: dict[int, set[str]] = defaultdict(set)
         for call in effects.captured:
             self.held[unit.get(call, 0)].add(call)
-        units = sorted(self._units(), key=lambda pair: pair[0])
-        self.units = [ways for _, ways in units]
+        units = list(self._units())
+        units += [
+            self._switches(group, units) for group in _connected([{i, *(effects.found[i].asks & self.wide)} for i in self.wide])
+        ]
+        self.units = [ways for _, ways in sorted(units, key=lambda pair: pair[0])]
 
     def best(self, budget: int) -> Choice | None:
         """What computes the least again within ``budget`` bytes, and of that what keeps least; None if nothing does."""
@@ -92,11 +99,8 @@ class Options:
         wide = {i for i in found if len(own[i]) > 1}
         return wide | {j for i in found for asked in self.effects.found[i].asks if own[i] != own[asked] for j in (i, asked)}
 
-    def _units(self) -> Iterator[tuple[tuple[int, int], list[Way]]]:
-        """The units of the dynamic program with their place: switches for wide effects before what they touch."""
-        for group in self._switches():
-            place = min(self._place(call) for i in group for call in (*self.effects.found[i].at, *self.effects.found[i].makes))
-            yield (place, 0), [[self._switch(i) for i in sorted(group)]]
+    def _units(self) -> Iterator[_Unit]:
+        """The units of the dynamic program with their places."""
         for unit in sorted({*self.held, *(unit for i in range(len(self.effects.found)) for unit in self.units_of(i))}):
             fixed, groups = self._groups(unit)
             steps = [(min(map(self._place, calls)), self._step(calls, effects)) for calls, effects in groups]
@@ -112,9 +116,11 @@ class Options:
     def _place(self, call: str) -> int:
         return self.order.get(call, -1)
 
-    def _switches(self) -> list[set[int]]:
-        """The wide effects, those together of which one asks for another."""
-        return _connected([{i, *(self.effects.found[i].asks & self.wide)} for i in sorted(self.wide)])
+    def _switches(self, wide: set[int], units: Sequence[_Unit]) -> _Unit:
+        """Whether each of some wide effects is chosen, before all that depends on it."""
+        bits = self._set(wide)
+        spoken = [place for (place, _), ways in units if any(o.things & bits for way in ways for step in way for o in step)]
+        return (min(spoken, default=-1), 0), [[self._switch(i) for i in sorted(wide)]]
 
     def _switch(self, index: int) -> list[Option]:
         asks = self._set(self.effects.found[index].asks)

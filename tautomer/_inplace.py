@@ -30,8 +30,9 @@ from tautomer.rewrite.calibration import Data
 from tautomer.rewrite.claims import ALGEBRAIC, Claim
 from tautomer.rewrite.equivalence import check_equivalence
 from tautomer.rewrite.errors import CaptureError, ClaimBroken, UsageError
-from tautomer.rewrite.pass_base import Context, Log, Note, Pass
-from tautomer.rewrite.pipeline import claim_of
+from tautomer.rewrite.memory_plan import MemoryPlan
+from tautomer.rewrite.pass_base import FIXED, Context, Log, Note, Pass
+from tautomer.rewrite.pipeline import claim_of, run_passes
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.report import Report
 from tautomer.rewrite.target import Target
@@ -167,6 +168,7 @@ def optimize_(
         program, outcome, edit = job.settle(check)
         outcome.log.applications[:0], outcome.log.refusals[:0] = log.applications, log.refusals
         outcome.log.notes += [Note("optimize_", name, _UNREAD) for name in edit.unread]
+        outcome.log.notes += _unplanned(captured, job, outcome.log.plan)
         tell("measuring")
         report = report_of(original, program, where, outcome, seconds)
         tell("editing")
@@ -289,6 +291,21 @@ def _raised(
     for node in raised:
         context.applied(rewrite, node, f"through the registry of attention functions, as '{NAME}'", error)
     return program
+
+
+def _unplanned(captured: Program, job: Job[Any], plan: MemoryPlan | None) -> Iterator[Note]:
+    """What a budget would have cost with the rewrites too that no module can do by itself."""
+    if plan is None:
+        return
+    program, log = captured.copy(), Log()
+    for node in program.graph.nodes:
+        node.meta.pop(FIXED, None)
+    run_passes(job.passes, program, replace(job.context, log=log), check=False)
+    free = log.plan
+    if free is not None and (free.flops, free.after) < (plan.flops, plan.after):
+        ours, theirs = (f"{x.flops:,} FLOPs again and keeps {x.after:,} bytes" for x in (plan, free))
+        text = f"the plan computes {ours}; with what no module can do by itself, as in optimize(…), it computes {theirs}"
+        yield Note("optimize_", captured.name, text)
 
 
 def _named(passes: Sequence[Pass]) -> tuple[Pass, ...]:

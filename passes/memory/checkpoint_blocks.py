@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import fx
 
 from tautomer.rewrite.blocks import Block, repeated
-from tautomer.rewrite.checkpoints import given, inside, mark
+from tautomer.rewrite.checkpoints import given, inside, is_one_call, mark
 from tautomer.rewrite.claims import BITWISE
 from tautomer.rewrite.errors import Refused, require
 from tautomer.rewrite.memory_pass import TrainingPass
@@ -59,6 +59,7 @@ def require_gain(saved: SavedTensors, block: Block) -> list[fx.Node]:
     """
     nodes = inside(block)
     names = {node.name for node in nodes}
+    require(nodes and is_one_call(nodes), "something that it reads is computed from what it returns")
     require(saved.freed(names), "nothing in it or before it trains: it keeps nothing of its own")
     comes = {id(tensor): tensor for x in given(nodes) for tensor in saved.values.get(x.name, ())}
     more = sum(tensor.bytes for tensor in comes.values() if not tensor.needed_by)

@@ -27,7 +27,7 @@ from tautomer.rewrite.errors import Refused, UsageError
 from tautomer.rewrite.memory_options import Again, Choice, Options
 from tautomer.rewrite.memory_pass import TrainingPass
 from tautomer.rewrite.memory_plan import Chosen, MemoryPlan
-from tautomer.rewrite.pass_base import FIXED, Context, Log, Pass, Purpose
+from tautomer.rewrite.pass_base import Context, Log, Pass, Purpose
 from tautomer.rewrite.pipeline import run_passes
 from tautomer.rewrite.program import PLAN, Program, Site
 from tautomer.rewrite.saved import SavedTensors, saved_in_training
@@ -71,26 +71,15 @@ class PlanMemory(Pass):
         budget = self.budget if isinstance(self.budget, int) else int(self.budget * captured)
         planner = Planner(program, self.rewrites, self.autocast, context)
         found = planner.best(budget)
-        free = self.unfixed(program, context)
         if found is None:
-            could = free is not None and free.best(budget) is not None
-            raise self.missed(budget, captured, planner.tried(planner.options.least()).saved.bytes, could)
+            raise self.missed(budget, captured, planner.tried(planner.options.least()).saved.bytes)
         choice, trial = found
-        if free is not None and (told := _left(planner, free, trial, free.best(budget))):
-            context.noted(self, program.output, told)
         planner.write(program, choice)
         context.log.plan = planner.plan(choice, trial, budget, captured)
 
-    def unfixed(self, program: Program, context: Context) -> Planner | None:
-        """The planner if no node had to stay as it is; None if none has to."""
-        twin = program.copy()
-        held = [node for node in twin.graph.nodes if node.meta.pop(FIXED, None) is not None]
-        return Planner(twin, self.rewrites, self.autocast, context) if held else None
-
-    def missed(self, budget: int, captured: int, floor: int, elsewhere: bool) -> UsageError:
+    def missed(self, budget: int, captured: int, floor: int) -> UsageError:
         hint = f"budget={floor}, or budget={math.ceil(1000 * floor / max(captured, 1)) / 1000}"
         exact = all(rewrite.claim.gradient != "approximate" for rewrite in self.rewrites)
-        hint += "; optimize(…) keeps to the budget, with rewrites that no module can do by itself" if elsewhere else ""
         return UsageError(
             f"the budget is {budget:,} bytes of {captured:,}, and the least that the backward can keep is {floor:,}",
             hint=hint + ("; exact=False admits approximate gradients, which may keep less" if exact else ""),
@@ -208,20 +197,6 @@ class Planner:
         for name, amount in amounts.items():
             found[self.unit.get(trial.calls.get(name, ""), 0)] += amount
         return found
-
-
-def _left(planner: Planner, free: Planner, trial: Trial, best: tuple[Choice, Trial] | None) -> str | None:
-    """What the places that have to stay as they are would have been worth; None if there is no such place."""
-    count = lambda x: Counter(effect.rewrite for effect in x.effects.found)  # noqa: E731
-    left = count(free) - count(planner)
-    if not left or best is None:
-        return None
-    places = ", ".join(f"{name} at {n} {'place' if n == 1 else 'places'}" for name, n in left.items())
-    ours, theirs = trial.saved, best[1].saved
-    return (
-        f"no module can do by itself, so no option here: {places}; with them, as in optimize(…), the plan would compute "
-        f"{theirs.recomputed:,} FLOPs again and keep {theirs.bytes:,} bytes, not {ours.recomputed:,} and {ours.bytes:,}"
-    )
 
 
 _CHOICES = {

@@ -169,7 +169,9 @@ def test_no_other_choice_within_the_budget_computes_less_again(name: str) -> Non
     for budget in (*sizes, sizes[0] + 1, sizes[-1] + 1000):
         least = min(flops for size, flops in every.values() if size <= budget)
         best = planner.best(budget)
-        assert best is not None and best[1].saved.bytes <= budget and best[1].saved.recomputed == least
+        assert best is not None and best[0] == planner.options.best(budget), "what is planned is what comes of it"
+        assert planner.options.outcome(best[0]) == every[best[0]]
+        assert best[1].saved.bytes <= budget and best[1].saved.recomputed == least
     assert planner.best(sizes[0] - 1) is None
 
 
