@@ -113,6 +113,28 @@ def test_a_gradient_that_is_cut_is_caught_only_where_the_claim_speaks_of_it() ->
         check_program(old, new, ALGEBRAIC)
 
 
+def test_a_model_that_draws_random_numbers_draws_the_same_on_both_sides() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = torch.rand(x.shape[0], x.shape[1]).argsort(1)[:, :2, None].expand(-1, -1, D)
+            return self.linear(x.gather(1, kept)) + torch.randn_like(x)[:, :2]
+
+    torch.manual_seed(0)
+    old = capture(Masks().eval(), (torch.randn(3, 5, D),))
+    new = old.copy()
+    add = call(new, aten.add.Tensor, 0)
+    add.args = (add.args[1], add.args[0])
+    before = torch.get_rng_state()
+    assert check_program(old, new, ALGEBRAIC).forward <= 1e-15 and torch.equal(torch.get_rng_state(), before)
+    add.args = (add.args[0], add.args[0])
+    with pytest.raises(ClaimBroken):
+        check_program(old, new, ALGEBRAIC)
+
+
 class Sharp(nn.Module):
     """Scores so large that one rounding of a weight moves the softmax, and its gradient, by a millionth."""
 
