@@ -125,7 +125,10 @@ class Interpretation:
         assert callable(node.target)
         if not self.noise:
             args, kwargs = _without_noise(node.target, args, kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[misc]
+        value = node.target(*args, **kwargs)  # type: ignore[misc]
+        # ones([n]) has torch's own dtype; promoted at each reader it would lose what is written into it.
+        made = not any(isinstance(x.meta.get("val"), Tensor) for x in node.all_input_nodes)
+        return self.promote(value) if made else value
 
     def operand(self, node: fx.Node) -> Any:
         """The value of a node that is read. A weight is made anew for each reader, unless the graph writes it."""

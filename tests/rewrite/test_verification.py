@@ -13,6 +13,7 @@ from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, FORWARD
 from tautomer.rewrite.errors import ClaimBroken
 from tautomer.rewrite.evidence import relative_error
+from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.relations import Centred, relate
 from tautomer.rewrite.samples import samples
@@ -133,6 +134,18 @@ def test_a_model_that_draws_random_numbers_draws_the_same_on_both_sides() -> Non
     add.args = (add.args[0], add.args[0])
     with pytest.raises(ClaimBroken):
         check_program(old, new, ALGEBRAIC)
+
+
+def test_the_oracle_keeps_what_is_written_into_a_tensor_that_the_model_makes() -> None:
+    class Marks(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            marks = torch.ones(x.shape[0], 4)
+            marks[:, :2] = 0
+            return x + 1, marks
+
+    program = capture(Marks().eval(), (torch.randn(3, 4),))
+    wide = interpret(program, program.example, dtype=torch.float64)[1]
+    assert wide.dtype == torch.float64 and wide[:, :2].sum() == 0 and wide[:, 2:].all()
 
 
 class Sharp(nn.Module):
