@@ -9,6 +9,7 @@ their last reader, so a float64 run of a float32 model needs the memory of its l
 from __future__ import annotations
 
 import operator
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .program import Program
 
+aten = torch.ops.aten
 Observer = Callable[[fx.Node, Any], None]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,12 +39,36 @@ def interpret(
         dtype: promote the whole computation to this dtype; None runs it as captured.
         weight: gives the tensor of a weight by name; by default the table's value (in ``dtype``).
         observe: is called with every node and its value, in order.
-        noise: False turns dropout off: two programs that draw differently can then be compared.
+        noise: False turns dropout off, and draws what a node draws from a seed of its own: two programs that draw in another
+            order can then be compared.
 
     Buffers and inputs that the graph writes are copies: neither the user's model nor ``inputs`` change.
     """
     run = Interpretation(program, dtype, weight, noise)
     return run.all(inputs, observe)
+
+
+_DRAWS = frozenset({
+    aten.rand.default, aten.randn.default, aten.rand_like.default, aten.randn_like.default, aten.randint.default,
+    aten.randint.low, aten.randperm.default, aten.bernoulli.default, aten.multinomial.default,
+})  # fmt: skip
+"""What draws random numbers that the model wants for themselves: a latent, a mask, an order."""
+
+
+def _drawn(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
+    """What ``node`` draws, in the dtype it was captured in: another one would draw other numbers from the same seed."""
+
+    def as_captured(x: fx.Node) -> Any:
+        value, captured = operand(x), x.meta.get("val")
+        return value.to(captured.dtype) if isinstance(value, Tensor) and isinstance(captured, Tensor) else value
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), as_captured)
+    generator, state = torch.default_generator, torch.default_generator.get_state()
+    try:
+        generator.manual_seed(zlib.crc32(str(node.meta.get("origin", node.name)).encode()))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    finally:
+        generator.set_state(state)
 
 
 class Interpretation:
@@ -89,6 +115,8 @@ class Interpretation:
             return self.attribute(node)
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None
+        if not self.noise and node.target in _DRAWS:
+            return self.promote(_drawn(node, self.operand))
         given = fx.node.map_arg(node.args, self.operand)
         if self.dtype is not None and node.target in _IN_PIECES and _is_large(given):
             return _IN_PIECES[node.target](self.dtype, *given)
@@ -97,7 +125,10 @@ class Interpretation:
         assert callable(node.target)
         if not self.noise:
             args, kwargs = _without_noise(node.target, args, kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[misc]
+        value = node.target(*args, **kwargs)  # type: ignore[misc]
+        # ones([n]) has torch's own dtype; promoted at each reader it would lose what is written into it.
+        made = not any(isinstance(x.meta.get("val"), Tensor) for x in node.all_input_nodes)
+        return self.promote(value) if made else value
 
     def operand(self, node: fx.Node) -> Any:
         """The value of a node that is read. A weight is made anew for each reader, unless the graph writes it."""

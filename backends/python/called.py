@@ -179,7 +179,7 @@ class Called:
         Raises:
             ExportError: it is no size of an input.
         """
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if (fixed := static(value)) is not None:
             return repr(fixed)
         for given in self.placeholders:

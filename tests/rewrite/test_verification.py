@@ -13,6 +13,7 @@ from tautomer.rewrite.capture import capture
 from tautomer.rewrite.claims import ALGEBRAIC, FORWARD
 from tautomer.rewrite.errors import ClaimBroken
 from tautomer.rewrite.evidence import relative_error
+from tautomer.rewrite.interpret import interpret
 from tautomer.rewrite.program import Program
 from tautomer.rewrite.relations import Centred, relate
 from tautomer.rewrite.samples import samples
@@ -111,6 +112,40 @@ def test_a_gradient_that_is_cut_is_caught_only_where_the_claim_speaks_of_it() ->
     assert check_program(old, new, FORWARD).gradient is None
     with pytest.raises(ClaimBroken, match="gradients"):
         check_program(old, new, ALGEBRAIC)
+
+
+def test_a_model_that_draws_random_numbers_draws_the_same_on_both_sides() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = torch.rand(x.shape[0], x.shape[1]).argsort(1)[:, :2, None].expand(-1, -1, D)
+            return self.linear(x.gather(1, kept)) + torch.randn_like(x)[:, :2]
+
+    torch.manual_seed(0)
+    old = capture(Masks().eval(), (torch.randn(3, 5, D),))
+    new = old.copy()
+    add = call(new, aten.add.Tensor, 0)
+    add.args = (add.args[1], add.args[0])
+    before = torch.get_rng_state()
+    assert check_program(old, new, ALGEBRAIC).forward <= 1e-15 and torch.equal(torch.get_rng_state(), before)
+    add.args = (add.args[0], add.args[0])
+    with pytest.raises(ClaimBroken):
+        check_program(old, new, ALGEBRAIC)
+
+
+def test_the_oracle_keeps_what_is_written_into_a_tensor_that_the_model_makes() -> None:
+    class Marks(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            marks = torch.ones(x.shape[0], 4)
+            marks[:, :2] = 0
+            return x + 1, marks
+
+    program = capture(Marks().eval(), (torch.randn(3, 4),))
+    wide = interpret(program, program.example, dtype=torch.float64)[1]
+    assert wide.dtype == torch.float64 and wide[:, :2].sum() == 0 and wide[:, 2:].all()
 
 
 class Sharp(nn.Module):

@@ -51,6 +51,7 @@ SPELLED: dict[str, Function] = {
     "F.softplus(x)": lambda x, i: F.softplus(x),
     "F.layer_norm(x, (8,), eps=0.001)": lambda x, i: F.layer_norm(x, (8,), eps=1e-3),
     "F.rms_norm(x, (8,))": lambda x, i: F.rms_norm(x, (8,)),
+    "F.instance_norm(x, use_input_stats=True, momentum=0.1, eps=1e-05)": lambda x, i: F.instance_norm(x),
     "F.max_pool1d(x, 2)": lambda x, i: F.max_pool1d(x, 2),
     "F.adaptive_avg_pool1d(x, 3)": lambda x, i: F.adaptive_avg_pool1d(x, 3),
     "F.avg_pool2d(x, 2, stride=1)": lambda x, i: F.avg_pool2d(x, 2, 1),
