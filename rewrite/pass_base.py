@@ -177,7 +177,8 @@ class Context:
     Attributes:
         log: receives every application and every refusal.
         check: hold every application to its claim on its region.
-        only: if not empty, only applications whose id or module path is listed (a prefix counts) fire.
+        only: if not empty, only applications whose id or module path is listed (a prefix counts) fire, and those that are of
+            the program as a whole.
         skip: applications whose id or module path is listed (a prefix counts) do not fire.
         fuel: how many more applications may fire in all; None is no limit. For bisection.
         data: example calls for a pass that measures; None if the user gave none.
@@ -198,7 +199,8 @@ class Context:
             return False
         if self.fuel is not None and self.fuel <= 0:
             return False
-        if self.only and not any(_selects(entry, rewrite, node) for entry in self.only):
+        of_the_whole = node.op == "output"  # weights that nothing reads any more, say: no module is chosen by leaving them
+        if self.only and not of_the_whole and not any(_selects(entry, rewrite, node) for entry in self.only):
             return False
         return not any(_selects(entry, rewrite, node) for entry in self.skip)
 
