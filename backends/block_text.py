@@ -29,10 +29,11 @@ from tautomer.rewrite.library import tautomer
 from tautomer.rewrite.program import target_name
 
 from .graph_data import decode, decode_graph
-from .python.function import LONGEST, MOST, attribute
+from .python.function import LONGEST, MOST
 from .python.names import TAKEN, role
 from .python.ops import SEMANTIC_NAMES, express
 from .python.pieces import ATOM, Code, Number, Piece, call, code, listed, literal, plain, tuple_of, within, wrapped
+from .python.statements import attribute
 from .rewritten import function_of
 from .signature_data import only_arithmetic
 

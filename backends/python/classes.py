@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from .function import Function, Functions, Loop, Statement, attribute
+from .function import Functions
 from .names import TAKEN
 from .nesting import SEQUENTIAL, Call
 from .pieces import Code, Instance, Number, Option, Part, Var, call, code, number, plain, tuple_of
+from .statements import Function, Loop, Statement, attribute
 from .torch_layers import Layer, activation
 
 

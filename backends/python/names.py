@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from tautomer.rewrite.program import arguments
 from tautomer.rewrite.shapes import key, static
 
-from .function import Function, Functions, Loop, Statement
+from .function import Functions
 from .pieces import Code
+from .statements import Function, Loop, Statement
 
 TAKEN = {*keyword.kwlist, *dir(builtins), "self", "torch", "nn", "F", "Tensor", "math", "Path"}
 

@@ -14,10 +14,10 @@ from tautomer.rewrite.shapes import key, static
 
 from .called import Called, record_lines
 from .classes import Class, Classes, numbers_of, type_of
-from .function import LOOP, Function, Loop, Statement
 from .names import Names
 from .ops import SEMANTIC_NAMES
 from .pieces import WIDTH, Code, Instance, Number, Option, Var, wrapped
+from .statements import LOOP, Function, Loop, Statement
 
 
 class Text:
