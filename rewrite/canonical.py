@@ -47,6 +47,8 @@ def canonicalize(program: Program, judge: Judge | None = None) -> Program:
     """
     mark_writes(program)
     editor = Editor(program)
+    for view in program.graph.find_nodes(op="call_function", target=aten.view.default):
+        editor.metadata.learn(view)  # a reshape could not always tell again that it is one
     with no_new_guards(program.fake_mode), silence():
         changed = True
         while changed:

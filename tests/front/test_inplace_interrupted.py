@@ -48,10 +48,10 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 STEPS = [
-    *((_inplace, name, at) for name, at in (("capture", 1), ("watch", 1), ("plan", 2), ("_report", 1))),
+    *((_inplace, name, at) for name, at in (("capture", 1), ("watch", 1), ("plan", 2), ("report_of", 1))),
     *((to_module, name, at) for name, at in (("_overwrite", 2), ("exchange", 1), ("guard", 1))),
     *((_blocks, name, at) for name, at in (("record", 1), ("capture", 1), ("exchange", 2))),
-    *((_inplace, name, at) for name, at in (("_compare", 1), ("_report", 2), ("edits_of", 1))),
+    *((_inplace, name, at) for name, at in (("_compare", 1), ("report_of", 2), ("edits_of", 1))),
 ]
 
 

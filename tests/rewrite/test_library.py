@@ -39,7 +39,7 @@ BODIES = {
     "block_attention.v1": "011795f0a924",
     "window_attention.v1": "b43df3cff065",
     "top_attention.v1": "7ed06fe4d711",
-    "hyper_attention.v2": "cf722aaadb77",
+    "hyper_attention.v2": "929445a47fdf",
     "nystrom_attention.v1": "065fcc6955d7",
     "linformer_attention.v1": "25c016f1c07b",
     "ponet_attention.v1": "11a1ea1c72c1",

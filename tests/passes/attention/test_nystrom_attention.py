@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def test_landmarks_that_are_the_positions_converge_to_attention() -> None:
     wanted = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True).repeat_interleave(2, 2)
     twice = [x.repeat_interleave(2, 2) for x in (q, k, v)]
     errors = [float((ops.nystrom_attention.v1(*twice, None, 0.3, 16, steps) - wanted).abs().max()) for steps in (6, 10, 20, 30)]
-    assert errors == sorted(errors, reverse=True) and errors[0] > 1e-3 and errors[-1] < 1e-9
+    assert all(b < a or b < 1e-12 for a, b in pairwise(errors)) and errors[0] > 1e-3 and errors[-1] < 1e-9
 
 
 def test_a_constant_value_stays() -> None:
