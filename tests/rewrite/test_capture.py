@@ -204,6 +204,17 @@ def test_truths_about_one_sequence_leave_the_length_of_the_other_free():
     torch.testing.assert_close(answers(program, x, y, kept), Across()(x, y, kept))
 
 
+def test_what_is_added_to_the_scores_of_two_sequences_has_the_lengths_of_both():
+    class Across(nn.Module):
+        def forward(self, x, y, bias):
+            return ((y @ x.transpose(1, 2)).unsqueeze(1) + bias).softmax(-1).mean(1) @ x
+
+    program = capture(Across(), (torch.randn(2, 6, 8), torch.randn(2, 5, 8), torch.randn(2, 1, 5, 6)))
+    x, y, bias = torch.randn(3, 4, 8), torch.randn(3, 9, 8), torch.randn(3, 1, 9, 4)
+    assert program.notes == []
+    torch.testing.assert_close(answers(program, x, y, bias), Across()(x, y, bias))
+
+
 def test_truths_about_positions_say_which_size_of_channels_first_is_the_length():
     class Heard(nn.Conv1d):
         def forward(self, x, kept):
