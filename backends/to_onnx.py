@@ -175,7 +175,7 @@ def refuse_unrolled(program: Program) -> None:
     Raises:
         ExportError: their levels, one for each doubling from ``leaf`` to ``longest`` positions, are more than ``UNROLLED``.
     """
-    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v2)]
+    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v3)]
     free = [x for x in given if x["causal"] and static(x["query"].meta["val"].shape[-2]) is None]
     levels = sum(max(0, ((x["longest"] - 1) // x["leaf"]).bit_length()) for x in free)
     if levels > UNROLLED:

@@ -36,7 +36,7 @@ def test_blocks_as_long_as_what_they_see_are_attention(n: int, leaf: int, causal
         mask[..., 0] = True
         keep = keep & mask
     wanted = F.scaled_dot_product_attention(q, k, v, keep, scale=0.3, enable_gqa=True)
-    found = ops.hyper_attention.v2(q, k, v, PLANES, DRAWS, mask, 0.3, 16, leaf, 64, causal)
+    found = ops.hyper_attention.v3(q, k, v, PLANES, DRAWS, mask, 0.3, 16, leaf, 64, causal)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -44,7 +44,7 @@ def test_blocks_as_long_as_what_they_see_are_attention(n: int, leaf: int, causal
 def test_a_sample_of_every_key_once_is_attention(block: int) -> None:
     q, k, v = heads(13)
     everyone = torch.stack([torch.randperm(13) for _ in range(4)])
-    found = ops.hyper_attention.v2(q, k, v, PLANES, everyone, None, 0.3, block, 2, 64, False)
+    found = ops.hyper_attention.v3(q, k, v, PLANES, everyone, None, 0.3, block, 2, 64, False)
     wanted = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -55,7 +55,7 @@ def test_the_sample_weighs_what_it_stands_for() -> None:
     found = torch.zeros(2, 4, 12, 6, dtype=torch.float64)
     for seed in range(200):
         draws = torch.randint(2**40, (4, 12), generator=torch.Generator().manual_seed(seed))
-        found += ops.hyper_attention.v2(q * 0, k, v, PLANES, draws, None, 0.3, 3, 2, 64, False) / 200
+        found += ops.hyper_attention.v3(q * 0, k, v, PLANES, draws, None, 0.3, 3, 2, 64, False) / 200
     wanted = v.repeat_interleave(2, 1).mean(2, keepdim=True).expand(found.shape)
     assert float((found - wanted).norm() / wanted.norm()) < 0.15
 
