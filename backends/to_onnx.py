@@ -21,7 +21,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from tautomer.rewrite._torch import known_translations, oblivious_sizes, quick_export, short_bodies
+from tautomer.rewrite._torch import known_translations, oblivious_sizes, one_at_a_time, quick_export, short_bodies
 from tautomer.rewrite.errors import ExportError, UsageError
 from tautomer.rewrite.lean import LEAN
 from tautomer.rewrite.library import tautomer
@@ -175,7 +175,7 @@ def refuse_unrolled(program: Program) -> None:
     Raises:
         ExportError: their levels, one for each doubling from ``leaf`` to ``longest`` positions, are more than ``UNROLLED``.
     """
-    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v2)]
+    given = [arguments(node) for node in program.graph.find_nodes(op="call_function", target=tautomer.hyper_attention.v3)]
     free = [x for x in given if x["causal"] and static(x["query"].meta["val"].shape[-2]) is None]
     levels = sum(max(0, ((x["longest"] - 1) // x["leaf"]).bit_length()) for x in free)
     if levels > UNROLLED:
@@ -197,7 +197,7 @@ def _translate(program: Program, module: nn.Module, rows: dict[Any, Any], opset:
     degenerate = any(tensor.shape[axis] < 2 for tensor, axes in zip(tensors, sizes, strict=True) for axis in axes)
     try:
         sizing = oblivious_sizes() if degenerate else contextlib.nullcontext()
-        with _quiet(), torch.no_grad(), known_translations(), quick_export(), sizing:
+        with one_at_a_time(), _quiet(), torch.no_grad(), known_translations(), quick_export(), sizing:
             with short_bodies():
                 exported = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": sizes}, strict=False)
             onnx_program = torch.onnx.export(

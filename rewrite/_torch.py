@@ -7,6 +7,7 @@ import copy
 import itertools
 import logging
 import math
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ __all__ = [
     "load_package",
     "no_new_guards",
     "oblivious_sizes",
+    "one_at_a_time",
     "plain_checkpoints",
     "plain_results",
     "pytree",
@@ -108,6 +110,18 @@ def no_new_guards(mode: FakeTensorMode | None) -> Iterator[None]:
 def oblivious_sizes() -> Iterator[None]:
     """Inside, export does not specialise sizes of 0 and 1."""
     with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
+
+
+_export = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Inside, no other thread is inside. What an export is about torch keeps in globals, and what is patched meanwhile, muted or
+    drawn is the process's too: of two that overlapped, the last to end would leave it as the other one had it.
+    """
+    with _export:
         yield
 
 

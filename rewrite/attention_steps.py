@@ -120,7 +120,7 @@ STEPS: Mapping[Any, AttentionStep] = {
 _SIDE_BY_SIDE = "its heads lie side by side, as ONNX Runtime reads them: optimize with target='eager'"
 STATELESS: Mapping[Any, str] = {
     tautomer.top_attention.v1: "every position chooses among all keys before it, so that none may be forgotten",
-    tautomer.hyper_attention.v2: "which keys a position sees depends on how all of them hash, so that none may be forgotten",
+    tautomer.hyper_attention.v3: "which keys a position sees depends on how all of them hash, so that none may be forgotten",
     tautomer.nystrom_attention.v1: "it is not causal: its landmarks stand for positions after one, too",
     tautomer.linformer_attention.v1: "it is not causal: its slots hold positions after one, too",
     tautomer.packed_attention.v1: _SIDE_BY_SIDE,

@@ -103,11 +103,8 @@ def call_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *,
     recording = _record(model, args, kwargs)
     sizes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     batch = _most_common(size[0] for size in sizes)
-    length = _most_common(leaf.shape[1] for leaf in leaves if _is_tokens(leaf))
     cached = tuple(_inside_classes(own))
-    if embedded := length is None:
-        found = _most_common(x.shape[1] for x, inside in zip(leaves, cached, strict=True) if not inside and _is_embedded(x))
-        length = found if found and found > 2 else None
+    length, embedded = _length_of(leaves, cached)
     return Call(model, own[0], own[1], tuple(leaves), in_spec, names, recording, batch, length, embedded, cached)
 
 
@@ -351,6 +348,22 @@ def _close(a: Any, b: Any, floor: float = 0.0) -> bool:
 
 
 # -- leaves ---------------------------------------------------------------------------------------------------
+
+
+def _length_of(leaves: Sequence[Any], cached: Sequence[bool]) -> tuple[int | None, bool]:
+    """The length of the sequences, if there are any, and whether it was taken from numbers, which may be several sequences.
+
+    Truths mark positions of some sequence: where that is one of numbers, there may be others.
+    """
+    tokens = [leaf for leaf in leaves if _is_tokens(leaf)]
+    marked = _most_common(leaf.shape[1] for leaf in tokens)
+    if any(leaf.dtype is not torch.bool for leaf in tokens):
+        return marked, False
+    lengths = [x.shape[1] for x, inside in zip(leaves, cached, strict=True) if not inside and _is_embedded(x)]
+    found = _most_common(iter(lengths)) or 0
+    if found > 2 and (marked is None or marked in lengths):
+        return found, True
+    return marked, marked is None
 
 
 def _is_tokens(leaf: Any) -> bool:

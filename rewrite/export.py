@@ -14,7 +14,7 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -70,25 +70,27 @@ def automatic_sizes(leaves: Sequence[Any], length: int | None, cached: Sequence[
         length: the length of the sequences among the leaves, None if there are none.
         cached: for every leaf, whether it is part of a cache, or of what an encoder returned: its length is another one.
         embedded: whether the sequences are ``[batch, sequence, width]``: their width is none of the sizes, and each may have a
-            length of its own.
+            length of its own, which a mask then shares with it.
     """
-    return [
-        _automatic(leaf, length, inside, embedded) if isinstance(leaf, Tensor) and leaf.dim() else None
-        for leaf, inside in zip(leaves, cached, strict=True)
-    ]
+    tensors = [leaf if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
+    lengths = {length} if length is not None and length > 1 else set()
+    if lengths and embedded:
+        lengths |= {x.shape[1] for x in tensors if x is not None and _has_width(x) and x.shape[1] > 2}
+    return [x if x is None else _automatic(x, lengths, inside, embedded) for x, inside in zip(tensors, cached, strict=True)]
 
 
-def _automatic(leaf: Tensor, length: int | None, cached: bool, embedded: bool) -> Sizes:
+def _has_width(leaf: Tensor) -> bool:
+    return leaf.dim() == 3 and leaf.is_floating_point()
+
+
+def _automatic(leaf: Tensor, lengths: Set[int], cached: bool, embedded: bool) -> Sizes:
     tokens = leaf.dim() == 2 and not leaf.is_floating_point() and not leaf.is_complex()
     dims = {0}
     if tokens:
         dims.add(1)
-    if length is not None and length > 1:
-        if embedded and leaf.dim() == 3 and leaf.is_floating_point():
-            dims.update({1} if leaf.shape[1] > 2 else ())
-        else:
-            dims.update(dim for dim in range(1, leaf.dim()) if leaf.shape[dim] == length)
-    if cached and (leaf.dim() == 4 or (leaf.dim() == 3 and leaf.is_floating_point())):  # a cache, the states of an encoder
+    last = 2 if embedded and _has_width(leaf) else leaf.dim()
+    dims.update(dim for dim in range(1, last) if leaf.shape[dim] in lengths)
+    if cached and (leaf.dim() == 4 or _has_width(leaf)):  # a cache, the states of an encoder
         dims.add(leaf.dim() - 2)
     return dict.fromkeys(sorted(dims), torch.export.Dim.AUTO)
 

@@ -230,21 +230,18 @@ def _compare_block(
         except RuntimeError as failure:  # it writes what its backward needs, for one
             raise _CannotPairError(f"the original has none there ({str(failure).splitlines()[0]})") from failure
         values = _run(new, theirs, inputs, leaf, relate=True)
-        error = _apart(_pull_back([values[b] for _, b in outputs], wanted), mine)
-        if error > GRADIENT and error <= AMPLIFIED * (moved := _moved_by_a_rounding(original, inputs, leaf, mine)):
-            notes.append(
-                f"gradients of block '{ours.path or 'root'}' agree to {error:.1e}: "
-                f"one float64 rounding of what it reads moves them by {moved:.1e}"
-            )
-            error = 0.0
-        worst, count = max(worst, error), count + len(wanted)
+        errors = _apart(_pull_back([values[b] for _, b in outputs], wanted), mine)
+        if max(errors, default=0.0) > GRADIENT:
+            moved = _moved_by_a_rounding(original, inputs, leaf, mine)
+            errors = _amplified(errors, moved, ours.path or "root", notes)
+        worst, count = max([worst, *errors]), count + len(wanted)
     return worst, count
 
 
-def _apart(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """The worst relative error of a gradient."""
+def _apart(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
+    """The relative error of every gradient."""
     floor = max(map(magnitude, reference), default=0.0) * FLOOR
-    return max((relative_error(a, b, floor=floor) for a, b in zip(gradients, reference, strict=True)), default=0.0)
+    return [relative_error(a, b, floor=floor) for a, b in zip(gradients, reference, strict=True)]
 
 
 def _moved_by_a_rounding(
@@ -252,15 +249,26 @@ def _moved_by_a_rounding(
     inputs: Mapping[str, Any],
     leaf: Leaf,
     reference: Sequence[Tensor],
-) -> float:
-    """How far the original's own gradients move when every input and weight moves by one rounding.
+) -> list[float]:
+    """How far each of the original's own gradients moves when every input and weight moves by one rounding.
 
     Asked only when the plain tolerance fails: a softmax of huge scores, for one, amplifies one rounding beyond it.
     """
     generator = torch.Generator().manual_seed(0)
     moved = {name: by_a_rounding(x, generator) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    error = _apart(original(moved, lambda name: by_a_rounding(leaf(name), generator)), reference)
-    return error if math.isfinite(error) else 0.0
+    errors = _apart(original(moved, lambda name: by_a_rounding(leaf(name), generator)), reference)
+    return [error if math.isfinite(error) else 0.0 for error in errors]
+
+
+def _amplified(errors: Sequence[float], moved: Sequence[float], block: str, notes: list[str]) -> list[float]:
+    """``errors`` without those that a rounding accounts for, each held to what moves that gradient; a note has the worst."""
+    excused = [GRADIENT < error <= AMPLIFIED * by for error, by in zip(errors, moved, strict=True)]
+    if any(excused):
+        error, by = max((error, by) for error, by, yes in zip(errors, moved, excused, strict=True) if yes)
+        notes.append(
+            f"gradients of block '{block}' agree to {error:.1e}: one float64 rounding of what it reads moves them by {by:.1e}"
+        )
+    return [0.0 if yes else error for error, yes in zip(errors, excused, strict=True)]
 
 
 def _scaled(value: Any, scale: float) -> Any:

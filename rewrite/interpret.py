@@ -63,12 +63,10 @@ def _drawn(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
         return value.to(captured.dtype) if isinstance(value, Tensor) and isinstance(captured, Tensor) else value
 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), as_captured)
-    generator, state = torch.default_generator, torch.default_generator.get_state()
-    try:
-        generator.manual_seed(zlib.crc32(str(node.meta.get("origin", node.name)).encode()))
+    seed = zlib.crc32(str(node.meta.get("origin", node.name)).encode())
+    with torch.random.fork_rng():  # of every device: the user's own state is what it was
+        torch.manual_seed(seed)
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    finally:
-        generator.set_state(state)
 
 
 class Interpretation:

@@ -336,7 +336,7 @@ SEMANTIC = (
         heads_last,
     ),
     Semantic(
-        "hyper_attention.v2(Tensor query, Tensor key, Tensor value, Tensor planes, Tensor draws, Tensor? mask, float scale, "
+        "hyper_attention.v3(Tensor query, Tensor key, Tensor value, Tensor planes, Tensor draws, Tensor? mask, float scale, "
         "int block, int leaf, int longest, bool causal=False) -> Tensor",
         hyper_attention,
         heads_last,

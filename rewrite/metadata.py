@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch import FakeTensorMode, any_batch, fakes_made_once, quiet_fakes
+from ._torch import FakeTensorMode, any_batch, fakes_made_once, one_at_a_time, quiet_fakes
 from .errors import Refused
 from .library import FAKES
 from .ops import CONVOLUTIONS, fill
@@ -97,7 +97,8 @@ class Metadata:
         return (x.__class__, x)  # 1, 1.0 and True are three questions
 
     def _run(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.mode or contextlib.nullcontext(), torch.no_grad(), any_batch(), fakes_made_once(), quiet_fakes():
+        mode = self.mode or contextlib.nullcontext()
+        with one_at_a_time(), mode, torch.no_grad(), any_batch(), fakes_made_once(), quiet_fakes():
             try:
                 return FAKES.get(str(target), target)(*args, **kwargs)
             except Exception as error:

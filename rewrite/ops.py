@@ -130,7 +130,7 @@ TABLE = (
     Op("block_attention", tautomer.block_attention.v1),
     Op("window_attention", tautomer.window_attention.v1),
     Op("top_attention", tautomer.top_attention.v1),
-    Op("hyper_attention", tautomer.hyper_attention.v2),
+    Op("hyper_attention", tautomer.hyper_attention.v3),
     Op("nystrom_attention", tautomer.nystrom_attention.v1),
     Op("linformer_attention", tautomer.linformer_attention.v1),
     Op("ponet_attention", tautomer.ponet_attention.v1),

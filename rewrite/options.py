@@ -24,7 +24,8 @@ def check_options(owner: Any, given: Mapping[str, Any] | None = None) -> None:
         owner: a dataclass, all of whose fields are options; it is told by its ``name``, or else by that of its class.
         given: the arguments of ``__init__`` by name, for an owner that is no dataclass. Others are passed over.
 
-    What cannot be told at run time (a name that only type checkers import) is not held to anything.
+    A number of NumPy's is one: what a dataclass was given of it is Python's afterwards. What cannot be told at run time (a name
+    that only type checkers import) is not held to anything.
 
     Raises:
         UsageError: an option is of another kind.
@@ -42,7 +43,10 @@ def check_options(owner: Any, given: Mapping[str, Any] | None = None) -> None:
     except NameError:
         return
     values = {x.name: getattr(owner, x.name) for x in fields(owner)} if given is None else given
-    for name, value in values.items():
+    for name, given_value in values.items():
+        value = _plain(given_value)
+        if given is None and value is not given_value:
+            object.__setattr__(owner, name, value)  # it may be frozen
         if name in hints and not _is(value, hints[name]):
             raise UsageError(f"{_name(owner)}: {name} is {value!r}, which is no {_words(hints[name])}")
 
@@ -63,6 +67,15 @@ def least(owner: Any, **smallest: float) -> None:
 
 def _name(owner: Any) -> str:
     return str(getattr(owner, "name", type(owner).__name__))
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy's as Python's own, also in a list or a tuple; all else as it is."""
+    if type(value) in (list, tuple):
+        plain = [_plain(x) for x in value]
+        return value if all(a is b for a, b in zip(plain, value, strict=True)) else type(value)(plain)
+    scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if scalar else value
 
 
 def _is(value: Any, hint: Any) -> bool:

@@ -185,7 +185,7 @@ def path_of(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH, _OURS = os.path.dirname(torch.__file__), os.path.join(os.path.dirname(__file__), "")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
 
@@ -196,7 +196,7 @@ def source_of(node: fx.Node) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _source(stack_trace: str) -> str | None:
-    frames = _FRAME.findall(stack_trace)
+    frames = [frame for frame in _FRAME.findall(stack_trace) if not frame[0].startswith(_OURS)]
     if not frames:
         return None
     # A line of torch.nn is not the user's, unless there is no other.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._torch import OperatorObserver, pytree, storage_key
+from ._torch import OperatorObserver, one_at_a_time, pytree, storage_key
 from .errors import CaptureError
 
 SEED = 0
@@ -179,15 +179,16 @@ def _counting(model: nn.Module, recording: Recording, keep_inputs: bool) -> Iter
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Torch prints whole graphs and tracebacks when a question fails, through several channels; inside, none of it shows."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    sink = io.StringIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with one_at_a_time():
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        sink = io.StringIO()
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 
 # -- the model stays what it was ------------------------------------------------------------------------------
@@ -199,19 +200,20 @@ def undisturbed(model: nn.Module) -> Iterator[Snapshot]:
 
     Inside there is no autocast and no inference mode, and gradients are enabled.
     """
-    snapshot = Snapshot(model)
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    python_state = random.getstate()
-    gpus = range(torch.cuda.device_count()) if _has_gpu() else ()
-    try:
-        with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad(), no_autocast():
-            yield snapshot
-    finally:
-        snapshot.restore()
-        random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
+    with one_at_a_time():
+        snapshot = Snapshot(model)
+        numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+        numpy_state = numpy_random.get_state() if numpy_random else None
+        python_state = random.getstate()
+        gpus = range(torch.cuda.device_count()) if _has_gpu() else ()
+        try:
+            with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad(), no_autocast():
+                yield snapshot
+        finally:
+            snapshot.restore()
+            random.setstate(python_state)
+            if numpy_random:
+                numpy_random.set_state(numpy_state)
 
 
 def _has_gpu() -> bool:

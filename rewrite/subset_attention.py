@@ -267,9 +267,12 @@ def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Their softmax, and the logarithm of what their exponentials sum to.
 
     That is the largest logit less the logarithm of its weight, which is one in so many at least: as exact as ``logsumexp``, at
-    two passes over the weights fewer.
+    two passes over the weights fewer. Its gradient is not: logits that a rounding tells apart have one weight, and the largest
+    of each would be another one. Where gradients are wanted they also take longer so.
     """
     weights = logits.softmax(-1)
+    if logits.requires_grad:
+        return weights, logits.logsumexp(-1)
     return weights, _reduced(logits.amax(-1, keepdim=True)) - _reduced(weights.amax(-1, keepdim=True)).log()
 
 

@@ -151,7 +151,7 @@ def check_entry(entry: str, program: Program) -> None:
         nearest = difflib.get_close_matches(entry, sorted(modules | set(known())), 1)
         raise UsageError(
             f"'{entry}' is no pass, no application (name@place) and no module that {program.name} runs",
-            hint=f"'{nearest[0]}'" if nearest else "a module path such as " + ", ".join(sorted(modules)[:3]),
+            hint=f"'{nearest[0]}'" if nearest else "a module path such as " + ", ".join(sorted(filter(None, modules))[:3]),
         )
 
 

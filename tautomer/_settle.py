@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from tautomer.backends.correspondence import Fault
 from tautomer.passes.cleanup.drop_unused_weights import DropUnusedWeights
 from tautomer.passes.cleanup.name_weights import NameWeights
-from tautomer.rewrite.errors import require
+from tautomer.rewrite.errors import UsageError, require
 from tautomer.rewrite.pass_base import Application, Context, Log, Pass, Refusal
 from tautomer.rewrite.pipeline import Outcome, run_passes
 from tautomer.rewrite.program import Program
@@ -66,7 +66,10 @@ class Job(Generic[P]):
         given_up = {refusal.id for refusal in refusals}
         context = replace(self.context, skip=(*self.context.skip, *given_up), log=Log())
         passes = [rewrite for rewrite in self.passes if rewrite.name not in given_up]
-        outcome = run_passes(passes, program, context, target=self.target, check=check)
+        try:
+            outcome = run_passes(passes, program, context, target=self.target, check=check)
+        except UsageError as short:  # of a budget: what was given up is not among what it counts on
+            raise _without(refusals, short) if refusals else short from None
         return program, outcome, self.plan(program)
 
     def blamed(self, fault: Fault, outcome: Outcome, refusals: Sequence[Refusal]) -> list[Refusal]:
@@ -93,6 +96,13 @@ def path_of(entry: str) -> str:
 
 def _given_up(application: Application, fault: Fault) -> Refusal:
     return Refusal(application.rewrite, application.id, _sentence(fault), application.source)
+
+
+def _without(refusals: Sequence[Refusal], error: UsageError) -> UsageError:
+    """What is out of reach once something was given up, which is said."""
+    names = ", ".join(dict.fromkeys(refusal.rewrite for refusal in refusals))
+    what = f"{error.what}, without what was chosen and given up ({names}): {refusals[0].reason}"
+    return UsageError(what, where=error.where, hint=f"{error.hint}; or tautomer.optimize(…), which writes to no module")
 
 
 _GIVEN_UP = "it cannot be written back: "

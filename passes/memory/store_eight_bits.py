@@ -59,8 +59,8 @@ def require_gain(saved: SavedTensors, value: fx.Node, layers: Sequence[fx.Node])
     names = {layer.name for layer in layers}
     goes = saved.freed(names)
     require(goes, f"{stays(saved, value, names)}: eight bits would come on top")
-    casts = (tensor for tensor in saved.tensors if tensor.kind == "cast" and tensor.node in names)
-    kept, width = saved.at.get(value.name) or next(casts), layers[0].args[1].meta["val"].shape[-1]  # type: ignore[union-attr]
+    copies = (tensor for tensor in saved.tensors if tensor.kind in ("cast", "inside") and tensor.node in names)  # of a view, too
+    kept, width = saved.at.get(value.name) or next(copies), layers[0].args[1].meta["val"].shape[-1]  # type: ignore[union-attr]
     comes = math.prod(kept.shape) // width * (width + 8 * -(-width // GROUP))
     require(goes > comes, f"eight bits and the ranges are {comes:,} bytes; {goes:,} would go for them")
 

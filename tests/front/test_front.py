@@ -430,3 +430,16 @@ def test_what_was_made_smaller_is_timed_on_every_target() -> None:
     report = tautomer.optimize(square, (x,), recipe=tautomer.Compress(0.5), target=Unable()).report
     assert report.timing is None and report.fired("factor-linears") == 1
     assert "not timed on unable: it has no such kernel" in str(report)
+
+
+def test_what_may_be_named_is_named_without_the_model_itself() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(UsageError, match=r"try: a module path such as inner$"):
+        tautomer.optimize(Scaled().eval(), (torch.randn(2, 4),), only=["zzz"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tautomer
+from tautomer.rewrite.errors import UsageError
 
 X = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
 
@@ -152,3 +153,21 @@ def test_a_budget_is_met_in_place(observed: Any) -> None:
     ours, theirs = (f"computes {x.flops:,} FLOPs again and keeps {x.after:,} bytes" for x in (plan, free))
     assert free.flops < plan.flops
     assert note == f"the plan {ours}; with what no module can do by itself, as in optimize(…), it {theirs}"
+
+
+def test_a_budget_out_of_reach_of_modules_that_are_called_again_says_what_was_given_up() -> None:
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(self.layer(x)))  # type: ignore[no-any-return]
+
+    model = Looped().train()
+    form = dict(vars(model.layer))
+    with pytest.raises(UsageError, match=r"without what was chosen and given up \([\w, -]*pack-dropout-masks") as refused:
+        tautomer.optimize_(model, (X,), recipe=tautomer.Finetune(budget=0.3))
+    assert "called 3 times" in str(refused.value) and "tautomer.optimize(…)" in str(refused.value)
+    assert vars(model.layer) == form and type(model.layer) is Layer
+    assert tautomer.optimize(model, (X,), recipe=tautomer.Finetune(budget=0.3)).report.plan is not None

@@ -36,6 +36,12 @@ def test_names_paths_and_sources():
     assert all("val" in node.meta for node in program.graph.nodes if node.op != "output")
 
 
+def test_the_source_of_a_model_of_torchs_modules_alone_is_theirs_and_not_the_line_that_exports():
+    program = capture(nn.Sequential(nn.Linear(4, 4), nn.GELU()), (torch.randn(2, 4),))
+    for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+        assert "linear.py" in str(source_of(node)) and "F.linear(" in str(source_of(node))
+
+
 def test_every_input_has_a_name_of_its_own():
     class Names(nn.Module):
         def forward(self, self_, X, x, named, named_a, *rest, **more):

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tautomer.rewrite.capture import capture, capture_parts
 from tautomer.rewrite.errors import CaptureError, UsageError
 from tautomer.rewrite.interpret import interpret
+from tautomer.rewrite.shapes import static
 
 aten = torch.ops.aten
 
@@ -190,6 +191,38 @@ def test_every_sequence_of_numbers_has_a_length_of_its_own():
     x, y = torch.randn(3, 4, 8), torch.randn(3, 9, 8)
     assert program.notes == []
     torch.testing.assert_close(answers(program, x, y), Across()(x, y))
+
+
+def test_truths_about_one_sequence_leave_the_length_of_the_other_free():
+    class Across(nn.Module):
+        def forward(self, x, y, kept):
+            return (y @ x.transpose(1, 2)).masked_fill(~kept[:, None], -1e9).softmax(-1) @ x
+
+    program = capture(Across(), (torch.randn(2, 6, 8), torch.randn(2, 5, 8), torch.rand(2, 6) > 0.2))
+    x, y, kept = torch.randn(3, 4, 8), torch.randn(3, 9, 8), torch.rand(3, 4) > 0.2
+    assert program.notes == []
+    torch.testing.assert_close(answers(program, x, y, kept), Across()(x, y, kept))
+
+
+def test_what_is_added_to_the_scores_of_two_sequences_has_the_lengths_of_both():
+    class Across(nn.Module):
+        def forward(self, x, y, bias):
+            return ((y @ x.transpose(1, 2)).unsqueeze(1) + bias).softmax(-1).mean(1) @ x
+
+    program = capture(Across(), (torch.randn(2, 6, 8), torch.randn(2, 5, 8), torch.randn(2, 1, 5, 6)))
+    x, y, bias = torch.randn(3, 4, 8), torch.randn(3, 9, 8), torch.randn(3, 1, 9, 4)
+    assert program.notes == []
+    torch.testing.assert_close(answers(program, x, y, bias), Across()(x, y, bias))
+
+
+def test_truths_about_positions_say_which_size_of_channels_first_is_the_length():
+    class Heard(nn.Conv1d):
+        def forward(self, x, kept):
+            return super().forward(x) * kept[:, None]
+
+    program = capture(Heard(4, 3, 3, padding=1), (torch.randn(2, 4, 9), torch.rand(2, 9) > 0.2))
+    value = program.placeholders[0].meta["val"]
+    assert static(value.shape[1]) == 4 and static(value.shape[2]) is None
 
 
 def test_images_have_a_free_batch_alone():

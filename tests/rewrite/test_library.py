@@ -39,7 +39,7 @@ BODIES = {
     "block_attention.v1": "011795f0a924",
     "window_attention.v1": "b43df3cff065",
     "top_attention.v1": "7ed06fe4d711",
-    "hyper_attention.v2": "929445a47fdf",
+    "hyper_attention.v3": "6ac8d9d84123",
     "nystrom_attention.v1": "065fcc6955d7",
     "linformer_attention.v1": "25c016f1c07b",
     "ponet_attention.v1": "11a1ea1c72c1",
@@ -232,7 +232,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     )[0],
     "window_attention.v1": lambda x: tautomer.window_attention.v1(*heads(x), None, 0.3, 3, 1, True),
     "top_attention.v1": lambda x: tautomer.top_attention.v1(*heads(x), x[:1, :4].view(2, 2, 1), None, 0.3, 3, 0, True),
-    "hyper_attention.v2": lambda x: tautomer.hyper_attention.v2(
+    "hyper_attention.v3": lambda x: tautomer.hyper_attention.v3(
         *heads(x), x[:2, :3], torch.arange(6).view(2, 3), None, 0.3, 2, 2, 16, True
     ),
     "nystrom_attention.v1": lambda x: tautomer.nystrom_attention.v1(*heads(x), None, 0.3, 3),

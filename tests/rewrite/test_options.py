@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy
 import pytest
 
 from tautomer.rewrite import options
@@ -44,6 +45,20 @@ class Plain:
 def test_what_fits_is_taken() -> None:
     Odd(3, 1, True, "b", (0, "h.1"), (2, 3), object())
     Odd(layers=[], grid=()), Odd(layers=-1), Odd(layers="h.0"), Plain(1), Plain(0.1, words="x")
+
+
+def test_a_number_of_numpys_is_one() -> None:
+    odd = Odd(numpy.int64(3), numpy.float32(0.5), numpy.bool_(True), numpy.str_("b"), [numpy.int8(1), "h.1"], (numpy.int64(2),))
+    assert repr(odd) == repr(Odd(3, 0.5, True, "b", [1, "h.1"], (2,)))
+    Plain(numpy.float32(0.5))
+    for wrong in (
+        {"whole": numpy.float64(3)},
+        {"flag": numpy.int64(1)},
+        {"whole": numpy.bool_(True)},
+        {"number": numpy.array([1.0])},
+    ):
+        with pytest.raises(UsageError, match="which is no"):
+            Odd(**wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

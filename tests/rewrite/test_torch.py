@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import linecache
 import logging
+import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -123,6 +126,33 @@ def test_what_a_fake_mode_does_not_remember_it_does_not_remember_in_a_quick_expo
     with _torch.quick_export():
         assert [asked(), asked()] == [plain, plain]
     assert plain.bypasses["dispatch_key_set mismatch"] == 6 and plain.hits and plain.misses
+
+
+def test_of_two_threads_that_export_one_waits_and_torch_is_afterwards_as_it_was():
+    from tautomer.rewrite.capture import capture
+
+    mode, lines = _torch.FakeTensorMode, torch.utils._traceback
+    before = (mode._get_output_info_for_cache_entry, lines._extract_symbolized_tb, sys.stdout, logging.root.manager.disable)
+    inside, failed = threading.Event(), list[BaseException]()
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            inside.set()
+            time.sleep(0.02)
+            return super().forward(x)
+
+    def work(model):
+        try:
+            capture(model, (torch.ones(2, 3),))
+        except BaseException as failure:
+            failed.append(failure)
+
+    first = threading.Thread(target=work, args=(Slow(3, 3),))
+    second = threading.Thread(target=work, args=(Slow(3, 4),))
+    first.start(), inside.wait(), second.start(), first.join(), second.join()
+    assert not failed and not _torch.values_unasked(_torch.FakeTensorMode().from_tensor(torch.ones(1)))
+    after = (mode._get_output_info_for_cache_entry, lines._extract_symbolized_tb, sys.stdout, logging.root.manager.disable)
+    assert after == before
 
 
 def test_the_dispatcher_is_walked_once_for_a_file(monkeypatch):

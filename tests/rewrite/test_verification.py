@@ -184,6 +184,50 @@ def test_gradients_that_amplify_a_rounding_are_held_to_what_they_amplify() -> No
         check_program(old, wrong, ALGEBRAIC)
 
 
+def test_what_one_gradient_amplifies_excuses_no_other() -> None:
+    class Both(Sharp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.gain.sin()
+
+    torch.manual_seed(0)
+    old = capture(Both().eval(), (1e-9 * torch.randn(3, 5, D),))
+    right, wrong = old.copy(), old.copy()
+    in_two_steps(right)
+    check_program(old, right, ALGEBRAIC)
+    in_two_steps(wrong)
+    sine = call(wrong, aten.sin.default, 0)
+    with wrong.graph.inserting_after(sine):  # sin(g) = sin(g) - c sin(g) + c sin(g), of which one part has no gradient
+        stopped = wrong.graph.call_function(aten.detach.default, (sine,))
+    with wrong.graph.inserting_after(stopped):
+        product = wrong.graph.call_function(aten.lerp.Scalar, (sine, stopped, 1e-7))
+    for node in (stopped, product):
+        node.meta.update(sine.meta)
+    sine.replace_all_uses_with(product, delete_user_cb=lambda user: user not in (stopped, product))
+    with pytest.raises(ClaimBroken, match="gradients differ by 1"):
+        check_program(old, wrong, ALGEBRAIC)
+
+
+def test_what_one_output_amplifies_excuses_no_other() -> None:
+    class Two(Sharp):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), self.linear(x).sin()
+
+    torch.manual_seed(0)
+    old = capture(Two().eval(), (1e-9 * torch.randn(3, 5, D),))
+    wrong = old.copy()
+    sine = call(wrong, aten.sin.default, 0)
+    with wrong.graph.inserting_before(sine):
+        near = wrong.graph.call_function(aten.mul.Tensor, (sine.args[0], 1 + 1e-8))
+    near.meta.update(sine.meta)
+    sine.args = (near,)
+    with pytest.raises(ClaimBroken, match="outputs differ by"):
+        check_program(old, wrong, ALGEBRAIC)
+
+
 def test_a_relation_that_does_not_hold_is_named() -> None:
     old, new = pair()
     relate(call(new, aten.gelu.default), Centred(2))

@@ -71,6 +71,24 @@ def test_a_weights_gradient_alone_moves_and_stays_near(autocast: bool, observed:
     )
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_that_copies_a_view_keeps_its_copy_in_eight_bits(autocast: bool, observed: Any) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(70, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.transpose(1, 0))
+
+    model, dtype = Turned().train(), torch.bfloat16 if autocast else None
+    fast = tautomer.optimize(captured(model), passes=[StoreEightBits(dtype)])
+    assert fast.report.fired("store-eight-bits") == 1
+    assert observed(fast, X, autocast=autocast) == tautomer.saved_tensors(fast, autocast=dtype).bytes
+    assert observed(fast, X, autocast=autocast) < observed(model, X, autocast=autocast)
+    assert torch.equal(fast(X), model(X))
+
+
 def test_it_is_only_for_those_who_ask() -> None:
     names = [rewrite.name for rewrite in Finetune(exact=False).passes()]
     assert "store-eight-bits" not in names
