@@ -119,13 +119,14 @@ def _identical(a: Any, b: Any) -> bool:
 
 def _compare_gradients(reference: Program, candidate: Program, sample: Sample, claim: Claim) -> tuple[float, int]:
     """Worst relative gradient error of inputs and of the parameters that both sides have, and how many were compared."""
+    first = {name: _twin(reference, reference, name) or name for name in reference.weights.leaves}  # of the names of a tied one
     leaves = {
         name: tensor.detach().to(torch.float64).requires_grad_()
         for name, tensor in reference.weights.leaves.items()
-        if tensor.is_floating_point() and tensor.requires_grad
+        if tensor.is_floating_point() and tensor.requires_grad and first[name] == name
     }
     mapped = {name: weight for name in candidate.weights if (weight := candidate.weights[name]).edited}
-    mine = _gradients(reference, sample, leaves, lambda name: leaves.get(name))
+    mine = _gradients(reference, sample, leaves, lambda name: leaves.get(first[name]) if name in first else None)
     theirs = _gradients(candidate, sample, leaves, lambda name: _shared(reference, candidate, name, leaves))
     floor = max((magnitude(g) for g in mine.values() if g is not None), default=0.0) * FLOOR
     had = {
@@ -187,9 +188,13 @@ def _shared(reference: Program, candidate: Program, name: str, leaves: Mapping[s
     """A weight of the candidate as a function of the reference's leaves, if it is one."""
     weight = candidate.weights[name]
     if weight.edited:
-        return evaluate(weight.expression, lambda leaf: leaves[leaf] if leaf in leaves else candidate.weights.leaf(leaf))
-    twin = _twin(reference, candidate, name)
-    return leaves.get(twin) if twin is not None else None
+
+        def value(leaf: str) -> Tensor:
+            shared = leaves.get(_twin(reference, candidate, leaf) or "")
+            return candidate.weights.leaf(leaf) if shared is None else shared
+
+        return evaluate(weight.expression, value)
+    return leaves.get(_twin(reference, candidate, name) or "")
 
 
 def _twin(reference: Program, candidate: Program, name: str) -> str | None:

@@ -77,6 +77,37 @@ def test_nan_gradients() -> None:
         tautomer.verify(Function(plain, linear), Function(treacherous, linear), (x,), gradients=True)
 
 
+@pytest.mark.parametrize("head_first", [False, True])
+def test_gradients_of_a_tied_weight_whatever_name_the_graph_reads_it_by(head_first: bool) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("head", "table") if head_first else ("table", "head"):
+                setattr(self, name, nn.Linear(6, 20, bias=False) if name == "head" else nn.Embedding(20, 6))
+            self.norm, self.head.weight = nn.LayerNorm(6), self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.norm(self.table(ids)))
+
+    model, ids = Tied().eval(), torch.randint(20, (2, 5))
+    for other in (model, tautomer.optimize(model, (ids,), target="onnxruntime")):
+        assert tautomer.verify(model, other, (ids,), gradients=True).gradient < 1e-12
+    with pytest.raises(ClaimBroken, match="gradients"):
+        tautomer.verify(model, Detached(model), (ids,), gradients=True)
+
+
+class Detached(nn.Module):
+    """Another gradient at the table: that of one of its two readers is missing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        model = self.model
+        return model.head(model.norm(model.table(ids).detach()))
+
+
 def test_gradients_of_nothing_are_no_agreement() -> None:
     class Renamed(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:
