@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import rich
 import torch
 import transformers
 from torch import Tensor, nn
@@ -127,7 +126,7 @@ def ways(case: Case, names: Sequence[str], dtype: torch.dtype | None, budget: fl
         recipe = tautomer.Finetune(exact=exact, autocast=dtype, budget=budget)
         lean = tautomer.optimize(copy.deepcopy(case.model), kwargs=case.call, recipe=recipe, check=False)
         if lean.report.plan is not None:
-            rich.print(lean.report.plan)
+            print(lean.report.plan)
         return lean
 
     def checkpointed() -> nn.Module:

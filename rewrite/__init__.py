@@ -14,6 +14,7 @@ What everything speaks of:
     expressions.py  An expression over weights: a leaf of the user's model, or an op on expressions
     inverse.py      Solve an edit for one of its leaves
     weights.py      The table of weights: a weight is a leaf of the user's model or an expression over leaves
+    printed.py      What rich draws, as text
     memory_plan.py  What was chosen for each block so that the backward keeps no more than a budget
     signature.py    The call of a captured model: its own signature, bound by name, flattened to the graph's inputs
     program.py      A program: an fx graph, its weights, and how it is called

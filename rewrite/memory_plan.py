@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from .printed import printed
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -66,6 +68,9 @@ class MemoryPlan:
         for (choice, before, after, flops), run in groupby(self.blocks, lambda b: (b.choice, b.before, b.after, b.flops)):
             table.add_row(*map(Text, (_span(list(run)), choice, f"{before:,}", f"{after:,}", f"{flops:,}")))
         yield table
+
+    def __str__(self) -> str:
+        return printed(self)
 
 
 def _span(run: Sequence[Chosen]) -> str:

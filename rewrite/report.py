@@ -15,6 +15,7 @@ from .claims import ARCHITECTURE
 from .evidence import Evidence
 from .memory_plan import MemoryPlan
 from .pass_base import Application, Estimate, Log, Note, Refusal
+from .printed import printed
 from .program import Program, target_name
 from .target import Gain
 
@@ -142,10 +143,7 @@ class Report:
         yield Group(*map(Text, self._measured()))
 
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
+        return printed(self)
 
     def _fired(self) -> Table | Text:
         counts = Counter(application.rewrite for application in self.log.applications)

@@ -28,6 +28,7 @@ from .checkpoints import parts
 from .flops import flops_of
 from .interpret import Interpretation
 from .lean import LEAN
+from .printed import printed
 from .program import Program, arguments, path_of, source_of, target_name
 from .record import undisturbed
 from .shapes import show
@@ -130,10 +131,7 @@ class SavedTensors:
         yield Text("  " + ", ".join(f"{kind} {size / max(self.bytes, 1):.1%}" for kind, size in self.by_kind.items()))
 
     def __str__(self) -> str:
-        console = Console(width=160, no_color=True, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
+        return printed(self, 160)
 
 
 def saved_tensors(

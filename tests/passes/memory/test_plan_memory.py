@@ -180,6 +180,7 @@ def test_blocks_are_chosen_one_by_one_and_the_report_says_what(pair: Any) -> Non
     whole = tautomer.saved_tensors(program).bytes
     fast = tautomer.optimize(program, recipe=Finetune(budget=0.6))
     plan = fast.report.plan
+    assert f"the budget is {plan.budget:,}" in str(plan) and plan.blocks[0].choice.split(",")[0] in str(plan)
     assert [block.block for block in plan.blocks] == ["1", "2", "3", "outside of blocks"]
     assert len({block.choice for block in plan.blocks}) > 1 and plan.before == whole
     assert all(block.after <= block.before for block in plan.blocks)
