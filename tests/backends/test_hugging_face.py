@@ -24,7 +24,7 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 def eager(name: str) -> tuple[Any, dict[str, Any]]:
     model, call = ZOO[name]()
     model.set_attn_implementation("eager")
-    if name == "llama":  # its softmax is written in float32, whatever the model
+    if name in ("llama", "vit", "opt"):  # their softmax is written in float32, whatever the model
         return model, call
     return model.double(), {key: x.double() if x.is_floating_point() else x for key, x in call.items()}
 
