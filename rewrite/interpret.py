@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -63,10 +64,25 @@ def _drawn(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
         return value.to(captured.dtype) if isinstance(value, Tensor) and isinstance(captured, Tensor) else value
 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), as_captured)
-    seed = zlib.crc32(str(node.meta.get("origin", node.name)).encode())
-    with torch.random.fork_rng():  # of every device: the user's own state is what it was
-        torch.manual_seed(seed)
+    with own_generators():
+        seed_torch(zlib.crc32(str(node.meta.get("origin", node.name)).encode()))
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def own_generators() -> AbstractContextManager[None]:
+    """Inside, torch's generators may be seeded and drawn from: afterwards those of every device in use are what they were."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()) if _has_gpu() else ())
+
+
+def seed_torch(seed: int) -> None:
+    """Start torch's generators from ``seed``; of a device that is not in use yet, nothing is kept for later."""
+    torch.default_generator.manual_seed(seed)
+    if _has_gpu():
+        torch.cuda.manual_seed_all(seed)
+
+
+def _has_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 class Interpretation:

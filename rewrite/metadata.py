@@ -39,7 +39,6 @@ class Derived:
 
 
 _UNKNOWN = object()
-_ALSO: dict[Any, tuple[Any, ...]] = {torch.ops.aten.view.default: (torch.ops.aten.reshape.default,)}
 
 
 class Metadata:
@@ -70,7 +69,8 @@ class Metadata:
 
     def learn(self, node: fx.Node) -> None:
         """Remember what the capture knows about a call, and with a view about the reshape that it is."""
-        for target in (node.target, *_ALSO.get(node.target, ())):
+        view = node.target is torch.ops.aten.view.default
+        for target in (node.target, torch.ops.aten.reshape.default) if view else (node.target,):
             self.memo[self._question(target, node.args, node.kwargs)] = node.meta.get("val")
 
     def _question(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ._torch import OperatorObserver, one_at_a_time, pytree, storage_key
 from .errors import CaptureError
+from .interpret import own_generators, seed_torch
 
 SEED = 0
 _LEAVES = (Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -205,9 +206,8 @@ def undisturbed(model: nn.Module) -> Iterator[Snapshot]:
         numpy_random = getattr(sys.modules.get("numpy"), "random", None)
         numpy_state = numpy_random.get_state() if numpy_random else None
         python_state = random.getstate()
-        gpus = range(torch.cuda.device_count()) if _has_gpu() else ()
         try:
-            with torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad(), no_autocast():
+            with own_generators(), torch.inference_mode(False), torch.enable_grad(), no_autocast():
                 yield snapshot
         finally:
             snapshot.restore()
@@ -216,15 +216,9 @@ def undisturbed(model: nn.Module) -> Iterator[Snapshot]:
                 numpy_random.set_state(numpy_state)
 
 
-def _has_gpu() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
 def seed_generators() -> None:
     """Start every generator from one seed, so that two runs draw the same numbers."""
-    torch.default_generator.manual_seed(SEED)
-    if _has_gpu():
-        torch.cuda.manual_seed_all(SEED)
+    seed_torch(SEED)
     random.seed(SEED)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(SEED)

@@ -15,5 +15,5 @@ Reading order: a file imports only files above it.
     text.py          The text of the written module: imports, semantic ops, classes, how it is loaded
     check.py         Import a written package in a fresh process that has no tautomer, and hold it to the emitted module
 
-``block_text`` writes the forward of one block with the first five.
+``block_text`` writes the forward of one block with pieces, ops, names and attributes.
 """

@@ -24,13 +24,15 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 def eager(name: str) -> tuple[Any, dict[str, Any]]:
     model, call = ZOO[name]()
     model.set_attn_implementation("eager")
-    if name in ("llama", "vit", "opt"):  # their softmax is written in float32, whatever the model
+    if name == "llama":  # its norms are written in float32, too, and say so
         return model, call
     return model.double(), {key: x.double() if x.is_floating_point() else x for key, x in call.items()}
 
 
-def within(x: torch.Tensor) -> dict[str, float]:
-    return {"rtol": 0, "atol": 1e-12 if x.dtype is torch.float64 else 2e-5}
+def within(name: str, x: torch.Tensor) -> dict[str, float]:
+    """ViT and OPT write their softmax in float32, whatever the model."""
+    exact = 1e-6 if name in ("vit", "opt") else 1e-12
+    return {"rtol": 0, "atol": exact if x.dtype is torch.float64 else 2e-5}
 
 
 def optimize_(model: nn.Module, call: dict[str, Any], **options: Any) -> tautomer.Rewriting:
@@ -56,10 +58,10 @@ def test_it_computes_the_same_and_still_gives_probabilities(name: str) -> None:
         wanted, probabilities = model(**call)[0], model(**call, output_attentions=True)
         done = optimize_(model, call)
         assert done.report.fired("raise-attention") == LAYERS[name] and names(model) == {NAME}
-        torch.testing.assert_close(model(**call)[0], wanted, **within(wanted))
+        torch.testing.assert_close(model(**call)[0], wanted, **within(name, wanted))
         again = model(**call, output_attentions=True)
     for key in [key for key in probabilities if key.endswith("attentions")]:
-        torch.testing.assert_close(again[key], probabilities[key], **within(wanted))
+        torch.testing.assert_close(again[key], probabilities[key], **within(name, wanted))
 
 
 def test_padded_prompts_generate_the_same_tokens() -> None:
@@ -71,7 +73,7 @@ def test_padded_prompts_generate_the_same_tokens() -> None:
     assert torch.equal(model.generate(**call, **options), original.generate(**call, **options))
     with torch.no_grad():
         ours, theirs = model(**call, attention_mask=mask)[0], original(**call, attention_mask=mask)[0]
-    torch.testing.assert_close(ours, theirs, **within(theirs))  # hidden rows too
+    torch.testing.assert_close(ours, theirs, **within("llama", theirs))  # hidden rows too
 
 
 def test_dropout_of_probabilities_is_the_models_own() -> None:

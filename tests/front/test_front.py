@@ -157,6 +157,10 @@ def test_only_skip_and_fuel(model: nn.Module) -> None:
     ).report.fired("layer-norm-to-rms-norm")
     assert count(only=["blocks.0"]) == 1
     assert count(skip=["blocks"]) == 1
+    tidy = ["layer-norm-to-rms-norm", "drop-unused-weights", "name-weights"]  # of the whole: in no module
+    part = tautomer.optimize(model, (X,), passes=tidy, only=["blocks.0"])
+    assert part.report.fired("drop-unused-weights") == 1 and set(part.state_dict()) <= set(model.state_dict())
+    assert tautomer.optimize(model, (X,), passes=tidy, skip=["drop-unused-weights"]).report.fired("drop-unused-weights") == 0
     assert count(skip=["layer-norm-to-rms-norm"]) == 0
     assert count(fuel=2) == 2
 

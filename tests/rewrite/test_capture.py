@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import random
+import sys
 import warnings
 
 import pytest
@@ -413,6 +414,22 @@ def test_running_a_program_moves_no_statistics():
     with torch.no_grad():
         interpret(program, [torch.randn(6, 4)])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_decision_by_value_is_exported_once(monkeypatch):
+    """No other sizes would make it a graph."""
+    module, tried = sys.modules["tautomer.rewrite.capture"], []
+    export = module.export
+    monkeypatch.setattr(module, "export", lambda *args, **options: tried.append(1) or export(*args, **options))
+    monkeypatch.setattr(module, "_exportable", lambda call: [])
+
+    class Decides(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(CaptureError, match="values of a tensor"):
+        capture(Decides().eval(), (torch.ones(2, 3),))
+    assert len(tried) == 1
 
 
 class Counts(nn.Module):
